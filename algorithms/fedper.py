@@ -1,0 +1,20 @@
+"""FedPer: keep the head on the client, average the body.
+
+Paper: Arivazhagan et al., "Federated Learning with Personalization Layers", 2019, https://arxiv.org/abs/1912.00818;
+Algorithm 1 (client: SGD on base and personalisation layers together) and Algorithm 2 (server: the base layers' average,
+weighted by samples).
+Personal: the head.
+Evaluated: the averaged body with the client's own head.
+"""
+
+from pflbench.registry import register
+
+from .fedavg import FedAvg
+
+
+@register("fedper")
+class FedPer(FedAvg):
+    """FedAvg over the body alone."""
+
+    def is_personal(self, name: str) -> bool:
+        return name.startswith("head.")

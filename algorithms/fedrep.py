@@ -1,0 +1,33 @@
+"""FedRep: train the head on the received body, then the body under that head.
+
+Paper: Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021,
+https://arxiv.org/abs/2102.07078; Algorithm 1: `head_epochs` of updates of h_i with the representation phi fixed, then the
+update of phi with h_i fixed; the server takes the plain mean of the phi_i, with equal weights.
+Personal: the head.
+Evaluated: the averaged body with the client's own head.
+Deviations: none. The body gets the protocol's local epochs; the paper's experiments use 10 for the head.
+"""
+
+from dataclasses import dataclass
+
+from pflbench.algorithm import Message, State, merge
+from pflbench.local import Local
+from pflbench.options import option
+from pflbench.registry import register
+
+from .fedper import FedPer
+
+
+@register("fedrep")
+class FedRep(FedPer):
+    """FedPer with head and body trained in turn."""
+
+    @dataclass(frozen=True)
+    class Hyper:
+        head_epochs: int = option(10, "epochs of the head, before the body's", ge=0)
+
+    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
+        model = merge(down["model"], state["model"])
+        model = local.sgd(model, epochs=self.h.head_epochs, only=self.is_personal, purpose="head")
+        model = local.sgd(model, only=self.is_shared)
+        return Message({"model": self.shared(model)}), {"model": self.personal(model)}

@@ -1,0 +1,273 @@
+"""The command line. Torch and everything heavy is imported when a command needs it, not before."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pflbench import options, registry
+from pflbench.errors import PflbenchError, UsageError, unknown
+from pflbench.spec import MODELS, RunSpec
+
+if TYPE_CHECKING:
+    from pflbench.record import Record
+
+Command = Callable[..., None]
+_DATA_SETTINGS = (
+    "dataset", "split", "partition", "alpha", "classes_per_client", "balanced", "min_samples", "clients", "seed",
+    "partition_seed",
+)  # fmt: skip
+_OWN = ("executor", "workers", "out", "data_dir")  # settings of `run` that results cannot depend on
+
+
+class _Group(click.Group):
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise unknown("command", args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+
+def _spec_options(names: tuple[str, ...] | None = None) -> Callable[[Command], Command]:
+    """Return a decorator that adds an option for each setting of `RunSpec` (or for `names` only)."""
+
+    def add(command: Command) -> Command:
+        known = options.fields(RunSpec)
+        for name in reversed([n for n in known if names is None or n in names]):
+            kind, optional = options.kind(RunSpec, name)
+            field = known[name]
+            default = "" if optional else f"  [default: {_shown(field.default)}]"
+            limits = options.bounds(field).replace(", given", "")
+            text = f"{field.metadata['doc']}{f'; {limits}' if limits else ''}{default}"
+            flag = "--" + name.replace("_", "-")
+            if kind is bool:
+                command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)(command)
+            else:
+                command = click.option(flag, name, metavar=kind.__name__.upper(), default=None, help=text)(command)
+        return command
+
+    return add
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_config_option = click.option("--config", metavar="FILE", help="TOML file of settings; the command line wins")
+_data_option = click.option(
+    "--data-dir", metavar="FOLDER", help="where datasets are  [default: $PFLBENCH_DATA or the user's cache folder]"
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="pflbench", message="pflbench %(version)s")
+def cli() -> None:
+    """Benchmark personalised federated learning."""
+
+
+@cli.command()
+@_spec_options()
+@click.option("--set", "hyperparameters", metavar="NAME=VALUE", multiple=True, help="a hyperparameter of the method; "
+              "`pflbench describe ALGO` names them; may be repeated")  # fmt: skip
+@_config_option
+@click.option("--executor", metavar="TEXT", help="processes or serial; the results are the same  [default: processes]")
+@click.option("--workers", metavar="INT", help="worker processes, of one thread each  [default: one per core]")
+@click.option("--out", metavar="FOLDER", help="where records are written  [default: runs]")
+@_data_option
+@click.option("--force", is_flag=True, help="run anew even if the record exists")
+@click.option("--dry-run", is_flag=True, help="print the resolved settings and the run's id, and stop")
+@click.option("--quiet", is_flag=True, help="no progress, no table")
+@_json_option
+def run(
+    hyperparameters: tuple[str, ...],
+    config: str | None,
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Run one experiment and record it.
+
+    Without options: FedAS's published example, on CIFAR-10 if it is there, else on synthetic images.
+    """
+    values = _settings(config, given, allowed=(*options.fields(RunSpec), *_OWN, "set"))
+    chosen = {**values.pop("set", {}), **dict(_assignment(text) for text in hyperparameters)}
+    own = {name: values.pop(name) for name in _OWN if name in values}
+    spec = RunSpec.from_dict({**values, "hyperparameters": chosen})
+    data_dir = _folder("data_dir", own.get("data_dir"))
+    if dry_run:
+        from pflbench.engine import resolve
+
+        spec = resolve(spec, data_dir=data_dir, notice=_notice, download=False)
+        click.echo(json.dumps({"id": spec.id, "spec": spec.to_dict()}, indent=None if as_json else 2))
+        return
+    _run(spec, own, data_dir, force=force, quiet=quiet, as_json=as_json)
+
+
+def _run(
+    spec: RunSpec, own: dict[str, Any], data_dir: Path | None, *, force: bool, quiet: bool, as_json: bool
+) -> None:
+    from pflbench import engine
+    from pflbench.progress import Progress, table
+
+    workers = own.get("workers")
+    with Progress(quiet=quiet or as_json) as progress:
+        record = engine.run(
+            spec,
+            executor=str(own.get("executor") or "processes"),
+            workers=None if workers is None else _integer("workers", workers),
+            out=_folder("out", own.get("out")) or Path("runs"),
+            force=force,
+            data_dir=data_dir,
+            notice=_notice,
+            on_start=progress.start,
+            on_round=progress.round,
+        )
+    existed = not progress.started
+    if as_json:
+        click.echo(json.dumps({**record.to_dict(), "path": str(record.path), "existed": existed}))
+    elif not quiet:
+        if existed:
+            click.echo(f"Run {record.id} exists already; this is its record. --force runs it anew.", err=True)
+        table(record)
+    _fail_unless_finished(record)
+
+
+def _fail_unless_finished(record: "Record") -> None:
+    if record.status != "finished":
+        raise PflbenchError(f"run {record.id} {record.status}: {record.reason}")
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["algorithms", "datasets", "models", "partitions"]))
+@_json_option
+def list_(what: str, as_json: bool) -> None:
+    """List what can be chosen."""
+    from pflbench import datasets
+    from pflbench.datasets import partition
+
+    found = {
+        "algorithms": registry.algorithms,
+        "datasets": lambda: datasets.DATASETS,
+        "models": lambda: MODELS,
+        "partitions": lambda: partition.PARTITIONS,
+    }[what]()
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, text in found.items():
+        click.echo(f"{name:{width}}  {text}")
+
+
+@cli.command()
+@click.argument("algorithm")
+def describe(algorithm: str) -> None:
+    """Describe a method: its paper, what is personal, which model is evaluated, its hyperparameters."""
+    cls = registry.algorithm(algorithm)
+    module = sys.modules[cls.__module__]
+    click.echo((module.__doc__ or cls.__doc__ or "").strip())
+    hyper = options.fields(cls.Hyper)
+    click.echo("Hyperparameters (--set name=value):" if hyper else "Hyperparameters: none.")
+    for name, field in hyper.items():
+        limits = options.bounds(field)
+        click.echo(f"  {name} = {_shown(field.default)}  {field.metadata['doc']}{f' ({limits})' if limits else ''}")
+
+
+@cli.command()
+@_spec_options(_DATA_SETTINGS)
+@_config_option
+@_data_option
+@click.option("--out", metavar="FOLDER", default="partitions", help="where it is written  [default: partitions]")
+@_json_option
+def partition(config: str | None, data_dir: str | None, out: str, as_json: bool, **given: Any) -> None:
+    """Show who gets which samples, and draw it, without training.
+
+    Writes FOLDER/<content hash>/ with partition.png, partition.svg, counts.csv and the sample numbers, indices.npz.
+    """
+    from pflbench.partitions import show
+
+    values = _settings(config, given, allowed=_DATA_SETTINGS)
+    show(RunSpec.from_dict(values), Path(out), _folder("data_dir", data_dir), _notice, as_json=as_json)
+
+
+def _settings(config: str | None, given: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of file `config`, overridden by those `given` on the command line."""
+    values = {} if config is None else _read_config(Path(config))
+    for name in values:
+        if name not in allowed:
+            raise unknown(f"setting in {config}", name, allowed)
+    return values | {name: value for name, value in given.items() if value is not None}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"config: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"config: {path} is not a TOML file: {str(error).splitlines()[0]}") from None
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    if not isinstance(values.get("set", {}), dict):
+        raise UsageError(f"config: {path}: set must be a table of hyperparameters, [set]")
+    return values
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"set: {text!r} is not NAME=VALUE")
+    return name.strip().replace("-", "_"), value.strip()
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UsageError(f"{name}: {value!r} is not an integer") from None
+
+
+def _folder(name: str, value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name}: {value!r} is not a folder")
+    path = Path(value)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{name}: {path} is a file, not a folder; choose another --{name.replace('_', '-')}")
+    return path
+
+
+def _notice(text: str) -> None:
+    click.echo(f"Note: {text}", err=True)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line; every error that is not a fault of ours is one line, with exit code 2 for bad input."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except PflbenchError as error:
+        _end(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        _end(" ".join(error.format_message().split()), 2)
+    except (KeyboardInterrupt, click.Abort):
+        _end("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,208 @@
+"""The round loop."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pflbench import evaluate, params, registry
+from pflbench.algorithm import Algorithm, State
+from pflbench.errors import Diverged, UsageError
+from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, cores
+from pflbench.federation import Federation
+from pflbench.models import Net, build_model
+from pflbench.record import Record, Writer, check_out, machine, source_fingerprint, versions
+from pflbench.rng import rng
+from pflbench.spec import RunSpec
+
+OnRound = Callable[[dict[str, Any]], None]
+
+
+def run(
+    spec: RunSpec | None = None,
+    federation: Federation | None = None,
+    model: Net | None = None,
+    *,
+    executor: str = "processes",
+    workers: int | None = None,
+    out: Path | str | None = None,
+    force: bool = False,
+    data_dir: Path | str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+    on_start: Callable[[RunSpec], None] = lambda _: None,
+    on_round: OnRound = lambda _: None,
+) -> Record:
+    """Run `spec` and return its record, with the final states of the server and of all clients.
+
+    `federation` takes the place of the spec's dataset and partition. `model`, a network with `body` and `head`, takes the
+    place of the spec's, and its parameters are the initial ones; it is not changed.
+    With `out` the record is written to `out/<id>`, and a record that is already there is returned instead (`force` runs
+    anew). `notice` gets remarks for the user, `on_start` the resolved spec, `on_round` each line of rounds.jsonl.
+
+    Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
+    process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
+    """
+    if executor not in EXECUTORS:
+        raise UsageError(f"executor: {executor!r} is unknown; choose from: {', '.join(EXECUTORS)}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
+    workers = 1 if executor == "serial" else workers or cores()
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_out(folder)
+    spec = resolve(spec or RunSpec(), federation, model, data_dir=data_dir, notice=notice)
+    if folder is not None and not force and (folder / spec.id).exists():
+        return Record.load(folder / spec.id)
+    algorithm = registry.algorithm(spec.algo)(**spec.hyperparameters)
+    federation = federation or load_federation(spec, data_dir)
+    net = model or build_model(
+        spec.model, federation.shape, federation.classes, seed=spec.seed_of("init"), norm=spec.norm
+    )
+    record = Record(spec, versions=versions(), machine=machine(executor, workers))
+    initial = params.read(net)
+    record.fingerprints = {
+        **federation.fingerprints,
+        "initial": params.fingerprint(initial),
+        "algorithm": source_fingerprint(algorithm),
+    }
+    on_start(spec)
+    work = Work(spec, algorithm, federation, net)
+    if folder is None:
+        with EXECUTORS[executor](work, workers) as pool:
+            _train(record, algorithm, initial, pool, on_round)
+        return record
+    writer = Writer(folder, record)
+    with writer.locked():
+        if not force and (folder / spec.id).exists():  # another process finished it meanwhile
+            return Record.load(folder / spec.id)
+        with EXECUTORS[executor](work, workers) as pool:
+            writer.start()
+
+            def each(row: dict[str, Any]) -> None:
+                writer.add_round(row)
+                on_round(row)
+
+            _train(record, algorithm, initial, pool, each)
+        writer.finish()
+    return record
+
+
+def _train(record: Record, algorithm: Algorithm, initial: params.Params, pool: Executor, on_round: OnRound) -> None:
+    """Run all rounds into `record`."""
+    spec = record.spec
+    record.server = algorithm.init_server(initial)
+    record.client_states = {client: algorithm.init_client(initial) for client in range(spec.clients)}
+    try:
+        for number in range(1, spec.rounds + 1):
+            row = _round(record, algorithm, pool, number)
+            record.rounds.append(row)
+            on_round(row)
+        record.status = "finished"
+    except Diverged as error:
+        record.status, record.reason = "diverged", str(error)
+    record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": params.fingerprint(record.states())}
+
+
+def _round(record: Record, algorithm: Algorithm, pool: Executor, number: int) -> dict[str, Any]:
+    """Run one round; return its line for rounds.jsonl."""
+    began = time.perf_counter()
+    spec, server, states = record.spec, record.server, record.client_states
+    chosen = participants(spec, number)
+
+    def tasks(clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
+        return [Task(test, number, c, algorithm.broadcast(server, c), states[c]) for c in clients]
+
+    trained: list[Trained] = []
+    sent = 0
+    for group in [[c] for c in chosen] if algorithm.sequential else [chosen]:
+        work = tasks(group, server, test=False)
+        sent += sum(task.down.nbytes for task in work)
+        trained += pool.map(work)
+        if algorithm.sequential:
+            server = algorithm.relay(server, trained[-1].up)
+    record.server = algorithm.aggregate(server, [t.up for t in trained])
+    states.update({c: t.state for c, t in zip(chosen, trained, strict=True)})
+    samples = sum(t.samples for t in trained)
+    row = {
+        "round": number,
+        "participants": chosen,
+        "train_loss": sum(t.loss_sum for t in trained) / samples if samples else None,
+        "bytes_up": sum(t.up.nbytes for t in trained),
+        "bytes_down": sent,
+        "steps": sum(t.steps for t in trained),
+    }
+    if number % spec.eval_every == 0 or number == spec.rounds:
+        scores: list[evaluate.Score] = pool.map(tasks(range(spec.clients), record.server, test=True))
+        record.add_scores(number, scores)
+        row |= evaluate.summary(scores)
+    return {**row, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def participants(spec: RunSpec, round: int) -> list[int]:  # noqa: A002
+    """Return the clients that take part in `round` (1, 2, ...), in ascending order."""
+    draw = rng(spec.seed_of("sampling"), "sampling", round).permutation(spec.clients)
+    return sorted(draw[: spec.joining].tolist())
+
+
+def resolve(
+    spec: RunSpec,
+    federation: Federation | None = None,
+    model: Net | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+    download: bool = True,
+) -> RunSpec:
+    """Return `spec` with every default resolved: the dataset that is really used, the hyperparameters, the partition's.
+
+    A given federation or model is named with its fingerprint. Raises `UsageError` for what cannot be run.
+    """
+    from pflbench import datasets
+
+    changes: dict[str, Any] = {}
+    method = registry.algorithm(spec.algo)(**spec.hyperparameters)
+    changes["hyperparameters"] = dataclasses.asdict(method.h)
+    if federation is not None:
+        digest = federation.fingerprints["data"] + federation.fingerprints.get("partition", "")
+        changes |= {"dataset": f"{federation.name}@{digest[:12]}", "clients": len(federation.clients)}
+        changes |= {"partition": "given", "split": "given", "min_samples": 2}
+        changes |= {"alpha": None, "classes_per_client": None, "balanced": None}
+    elif "given" in (spec.partition, spec.split):
+        raise UsageError("partition, split: 'given' is for runs with a federation of one's own, from Python")
+    if model is not None:
+        changes |= {"model": f"{type(model).__name__}@{params.fingerprint(params.read(model))[:12]}", "norm": None}
+    spec = dataclasses.replace(spec, **changes)
+    spec = spec.normalised(own_model=model is not None)
+    if federation is None:
+        name = datasets.resolve(spec.dataset, _data_dir(data_dir), notice=notice, download=download)
+        spec = dataclasses.replace(spec, dataset=name)
+    return spec
+
+
+def load_federation(spec: RunSpec, data_dir: Path | str | None = None) -> Federation:
+    """Return the clients that the resolved `spec` describes. Raises `UsageError` when the demand is impossible."""
+    from pflbench import datasets
+    from pflbench.datasets import partition
+
+    data = datasets.load(spec.dataset, _data_dir(data_dir))
+    parts = partition.make(
+        data.labels,
+        data.n_train,
+        len(data.classes),
+        partition=spec.partition,
+        clients=spec.clients,
+        alpha=spec.alpha,
+        classes_per_client=spec.classes_per_client,
+        balanced=bool(spec.balanced),
+        min_samples=spec.min_samples,
+        split=spec.split,
+        seed=spec.seed_of("partition"),
+    )
+    return Federation.from_dataset(data, parts)
+
+
+def _data_dir(given: Path | str | None) -> Path:
+    from pflbench import datasets
+
+    return datasets.default_data_dir() if given is None else Path(given)

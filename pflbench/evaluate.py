@@ -1,0 +1,57 @@
+"""Accuracy: of one client's model, and over all clients."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pflbench.federation import Split
+from pflbench.local import Bench, chunks
+from pflbench.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One client's test: number of samples, how many its personalised model and the global model get right, and the sum
+    of the personalised model's cross-entropy. `global_correct` is None where there is no global model."""
+
+    client: int
+    n: int
+    correct: int
+    loss: float
+    global_correct: int | None
+
+
+def test(bench: Bench, model: Params, split: Split) -> tuple[int, float]:
+    """Return how many samples of `split` `model` gets right, and the sum of their cross-entropies."""
+    net = bench.load(model).eval()
+    correct, loss = 0, 0.0
+    with torch.no_grad():
+        for part in chunks(len(split)):
+            logits, y = net(bench.batch(split.x, part)), split.y[part]
+            correct += int((logits.argmax(1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+    return correct, loss
+
+
+def summary(scores: Sequence[Score]) -> dict[str, float | None]:
+    """Return the accuracies over clients, as fractions.
+
+    `accuracy` is weighted by test samples, `accuracy_mean` is not, `accuracy_std` is the (population) standard deviation
+    over clients, `accuracy_worst10` the plain mean of the worst 10 % of the clients (at least one). `global_accuracy`,
+    weighted, is None where there is no global model. `test_loss` is weighted.
+    """
+    n = sum(s.n for s in scores)
+    each = np.sort([s.correct / s.n for s in scores])
+    whole = [s.global_correct for s in scores if s.global_correct is not None]
+    return {
+        "accuracy": sum(s.correct for s in scores) / n,
+        "accuracy_mean": float(each.mean()),
+        "accuracy_std": float(each.std()),
+        "accuracy_worst10": float(each[: math.ceil(len(each) / 10)].mean()),
+        "global_accuracy": sum(whole) / n if whole else None,
+        "test_loss": sum(s.loss for s in scores) / n,
+    }

@@ -1,0 +1,264 @@
+"""Who computes the clients' work: this process, or worker processes. The results are the same bits.
+
+A task carries everything that its result depends on, so any worker may take it at any time.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from pflbench import evaluate
+from pflbench.algorithm import Algorithm, Message, State
+from pflbench.errors import PflbenchError, RunError
+from pflbench.federation import Federation
+from pflbench.local import Bench, Local
+from pflbench.models import Net
+from pflbench.spec import RunSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Work for one client: to train (`test` false) or to be tested (`test` true), in `round`."""
+
+    test: bool
+    round: int
+    client: int
+    down: Message
+    state: State
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training gave: the upload, the client's new state, and the counts for the record."""
+
+    up: Message
+    state: State
+    loss_sum: float
+    samples: int
+    steps: int
+
+
+class Work:
+    """Computes tasks of one run, in whichever process it is."""
+
+    def __init__(self, spec: RunSpec, algorithm: Algorithm, federation: Federation, net: Net) -> None:
+        self.spec = spec
+        self.algorithm = algorithm
+        self.federation = federation
+        self.bench = Bench(net)
+
+    def private(self) -> "Work":
+        """Return the same work with a network of its own."""
+        return Work(self.spec, self.algorithm, self.federation, copy.deepcopy(self.bench.net))
+
+    def size(self, task: Task) -> int:
+        """Return a task's number of samples: the longest work is begun first."""
+        data = self.federation.clients[task.client]
+        return len(data.test if task.test else data.train)
+
+    def __call__(self, task: Task) -> Any:
+        """Return the `Trained` or the `evaluate.Score` of `task`."""
+        data = self.federation.clients[task.client]
+        local = Local(
+            self.bench, data.train, self.federation.classes, self.spec, round=task.round, client=task.client
+        )
+        if not task.test:
+            up, state = self.algorithm.local_update(local, task.down, task.state)
+            return Trained(up, state, local.loss_sum, local.loss_samples, local.steps)
+        own = self.algorithm.personalised(local, task.down, task.state)
+        whole = self.algorithm.global_model(task.down)
+        if whole is not None and whole.keys() != own.keys():
+            whole = None
+        correct, loss = evaluate.test(self.bench, own, data.test)
+        if whole is None:
+            everyone = None
+        elif all(whole[name] is own[name] for name in own):
+            everyone = correct
+        else:
+            everyone, _ = evaluate.test(self.bench, whole, data.test)
+        return evaluate.Score(task.client, len(data.test), correct, loss, everyone)
+
+
+class Executor(Protocol):
+    """Runs tasks; a context manager that frees its processes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def map(self, tasks: Sequence[Task]) -> list[Any]:
+        """Return the results of `tasks`, in the order of `tasks`."""
+        ...
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for a client's work: sums then have one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Serial:
+    """Computes the tasks in this process, one by one."""
+
+    def __init__(self, work: Work, workers: int) -> None:  # noqa: ARG002
+        self._work = work.private()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def map(self, tasks: Sequence[Task]) -> list[Any]:
+        """Return the results of `tasks`, in the order of `tasks`."""
+        with _one_thread(), torch.random.fork_rng(devices=[]):
+            return [self._work(task) for task in tasks]
+
+
+class Processes:
+    """Computes the tasks in worker processes of one thread each.
+
+    On Linux they are forked: they share the data with this process, start at once, and know networks and methods that
+    were defined in a script or a notebook. Elsewhere they are spawned, and the data is in shared memory.
+    A dead worker ends the run with `RunError`; when this process dies, the workers end themselves.
+    """
+
+    def __init__(self, work: Work, workers: int) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._work = work
+        self._workers: dict[Connection, BaseProcess] = {}
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(work, theirs), daemon=True)  # type: ignore[attr-defined]
+            with warnings.catch_warnings():
+                # Python 3.12 warns of threads at a fork. The workers use one thread and none of this process's locks.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+            theirs.close()
+            self._workers[ours] = process
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for connection, process in self._workers.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+    def map(self, tasks: Sequence[Task]) -> list[Any]:
+        """Return the results of `tasks`, in the order of `tasks`."""
+        waiting = sorted(range(len(tasks)), key=lambda i: self._work.size(tasks[i]))  # popped from the end: largest first
+        idle = list(self._workers)
+        doing: dict[Connection, int] = {}
+        results: list[Any] = [None] * len(tasks)
+        while waiting or doing:
+            while waiting and idle:
+                connection = idle.pop()
+                doing[connection] = waiting.pop()
+                with self._death(connection, tasks[doing[connection]]):
+                    connection.send_bytes(_dumps(tasks[doing[connection]]))
+            for connection in wait(list(doing)):
+                assert isinstance(connection, Connection)  # noqa: S101
+                with self._death(connection, tasks[doing[connection]]):
+                    result = pickle.loads(connection.recv_bytes())  # noqa: S301
+                if isinstance(result, BaseException):
+                    raise result
+                results[doing.pop(connection)] = result
+                idle.append(connection)
+        return results
+
+    @contextlib.contextmanager
+    def _death(self, connection: Connection, task: Task) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            process = self._workers[connection]
+            process.join()
+            how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
+            raise RunError(
+                f"worker process {process.pid} died ({how}) in round {task.round}, client {task.client}; "
+                "if memory ran out, use fewer --workers"
+            ) from None
+
+
+def _serve(work: Work, connection: Connection) -> None:
+    """Do tasks until the connection closes. The body of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    torch.set_num_threads(1)
+    work = work.private()
+    while True:
+        try:
+            task = pickle.loads(connection.recv_bytes())  # noqa: S301
+        except (EOFError, OSError):
+            return
+        connection.send_bytes(_dumps(_outcome(work, task)))
+
+
+def _outcome(work: Work, task: Task) -> Any:
+    try:
+        return work(task)
+    except PflbenchError as error:
+        return error
+    except Exception as error:  # a fault in a method's code: its author needs the worker's traceback
+        try:
+            pickle.dumps(error)
+        except Exception:
+            error = RuntimeError(repr(error))
+        error.add_note(f"In a worker, round {task.round}, client {task.client}:\n{traceback.format_exc()}")
+        return error
+
+
+def _die_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+class _Pickler(pickle.Pickler):
+    """Sends tensors by value through the pipe, and not as shared-memory files, of which there may be too few."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor:
+            return torch.from_numpy, (obj.numpy(),)
+        return NotImplemented
+
+
+def _dumps(value: Any) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=5).dump(value)
+    return stream.getvalue()
+
+
+EXECUTORS: dict[str, Callable[[Work, int], Executor]] = {"processes": Processes, "serial": Serial}
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

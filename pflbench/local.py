@@ -1,0 +1,188 @@
+"""What a method's client code works with. The only training loop of the project is here."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pflbench import params
+from pflbench.errors import Diverged
+from pflbench.federation import Split
+from pflbench.models import Net
+from pflbench.params import Params
+from pflbench.rng import rng
+from pflbench.spec import RunSpec
+
+Loss = Callable[[Net, Tensor, Tensor], Tensor]
+"""(net, x, y) -> the loss of each sample [n]; the harness takes the mean."""
+
+_CHUNK = 256  # samples in a forward pass that needs no gradient
+_PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+
+
+def cross_entropy(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropy of each sample [n]."""
+    return F.cross_entropy(net(x), y, reduction="none")
+
+
+@dataclasses.dataclass
+class Bench:
+    """One process's copy of the network, and which parameters it holds: they are loaded only when they differ."""
+
+    net: Net
+    loaded: Params | None = None
+
+    def __post_init__(self) -> None:
+        self.net.to(memory_format=torch.channels_last)
+        self.slots = params.slots(self.net)
+        self.dtype = next(iter(self.slots.values())).dtype
+
+    def load(self, values: Params) -> Net:
+        """Copy `values` into the network and return it."""
+        if self.loaded is not values:
+            for name, slot in self.slots.items():
+                slot.copy_(values[name])
+            self.loaded = values
+        return self.net
+
+    def batch(self, x: Tensor, index: Tensor | slice) -> Tensor:
+        """Return samples `index` of `x` as the network takes them: floating-point, images channels-last."""
+        if x.dim() == 4:
+            out = x.permute(0, 2, 3, 1)[index].to(self.dtype)
+            out = out.permute(0, 3, 1, 2)
+        else:
+            out = x[index].to(self.dtype)
+        # uint8 0..255 to [-1, 1]: torchvision's ToTensor and Normalize(0.5, 0.5), as in PFLlib.
+        return out.mul_(1 / 127.5).sub_(1) if x.dtype == torch.uint8 else out
+
+
+class Local:
+    """The toolbox of one client in one round: its training data, and what can be done with them.
+
+    `n` is the number of training samples, `y` their labels [n], `classes` the number of classes in the federation, `lr`
+    the learning rate of this round. Everything random is keyed by (seed, purpose, round, client).
+    """
+
+    def __init__(self, bench: Bench, train: Split, classes: int, spec: RunSpec, *, round: int, client: int) -> None:  # noqa: A002
+        self._bench = bench
+        self._x = train.x
+        self._spec = spec
+        self._key = (round, client)
+        self._calls: Counter[str] = Counter()
+        self.y = train.y
+        self.n = len(train)
+        self.classes = classes
+        self.lr = spec.lr * spec.lr_decay ** (round - 1)
+        self.steps = 0
+        self.loss_sum = 0.0
+        self.loss_samples = 0
+        # A network of the user's may draw, for dropout say.
+        torch.manual_seed(int(rng(spec.seed_of("order"), "torch", *self._key).randint(2**31)))
+
+    def sgd(
+        self,
+        start: Params,
+        *,
+        epochs: int | None = None,
+        lr: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        batch_size: int | None = None,
+        only: Callable[[str], bool] | None = None,
+        loss: Loss = cross_entropy,
+        correct: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+        purpose: str = "train",
+    ) -> Params:
+        """Return `start` after `epochs` of SGD on the client's training data.
+
+        What is not given is the protocol's. `only` selects the parameters (and buffers) that change; `loss` gives one
+        value per sample; `correct(name, gradient, parameter)` returns the gradient that is used. `purpose` names the
+        stream of batch orders: two methods that train for the same purpose see the same batches.
+        Raises `Diverged` when the loss is not finite.
+        """
+        spec = self._spec
+        net = self._bench.load(start)
+        self._bench.loaded = None
+        chosen = {name: p for name, p in net.named_parameters() if only is None or only(name)}
+        for name, p in net.named_parameters():
+            p.requires_grad_(name in chosen)
+        if not chosen:
+            return start
+        optimiser = torch.optim.SGD(
+            chosen.values(),
+            lr=self.lr if lr is None else lr,
+            momentum=spec.momentum if momentum is None else momentum,
+            weight_decay=spec.weight_decay if weight_decay is None else weight_decay,
+        )
+        net.train()
+        x, step_net = self._x, net
+        if loss is cross_entropy and all(map(_in_head, chosen)) and all(isinstance(m, _PLAIN) for m in net.body.modules()):
+            # The body is frozen and plain, so its features are the same in every epoch.
+            x, step_net = self._features(net), Net(nn.Identity(), net.head)
+        total = torch.zeros((), dtype=torch.float64)
+        samples = 0
+        for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, spec.shuffle, purpose):
+            y = self.y[index]
+            optimiser.zero_grad()
+            value = loss(step_net, self._bench.batch(x, index), y).mean()
+            value.backward()  # type: ignore[no-untyped-call]
+            if correct is not None:
+                for name, p in chosen.items():
+                    grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = correct(name, grad, p.detach())
+            optimiser.step()
+            total += value.detach() * len(y)
+            samples += len(y)
+            self.steps += 1
+        if not math.isfinite(total):
+            raise Diverged(f"round {self._key[0]}, client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
+        if purpose == "train":
+            self.loss_sum += float(total)
+            self.loss_samples += samples
+        done = params.read(net)
+        return done if only is None else {name: done[name] if only(name) else start[name] for name in done}
+
+    def batches(self, *, batch_size: int | None = None, shuffle: bool = False, purpose: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training data once, in batches (x, y), by default in their stored order. For reading, not training."""
+        for index in self._orders(1, batch_size, shuffle, purpose):
+            yield self._bench.batch(self._x, index), self.y[index]
+
+    def grad(self, at: Params, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Params:
+        """Return the gradient of the mean `loss` of one batch at parameters `at`, in evaluation mode."""
+        net = self._bench.load(at).eval()
+        named = dict(net.named_parameters())
+        for p in named.values():
+            p.requires_grad_(True)
+        grads = torch.autograd.grad(loss(net, x, y).mean(), list(named.values()))
+        return dict(zip(named, grads, strict=True))
+
+    def features(self, model: Params) -> Tensor:
+        """Return the features [n, d] of all training samples, in their stored order, in evaluation mode."""
+        return self._features(self._bench.load(model).eval())
+
+    def _features(self, net: Net) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
+
+    def _orders(self, epochs: int, batch_size: int | None, shuffle: bool, purpose: str) -> Iterator[Tensor]:
+        """Yield the sample numbers of each batch of `epochs` epochs."""
+        size = batch_size or self._spec.batch_size
+        generator = rng(self._spec.seed_of("order"), "batches", purpose, self._calls[purpose], *self._key)
+        self._calls[purpose] += 1
+        end = self.n // size * size if self._spec.drop_last and self.n >= size else self.n
+        for _ in range(epochs):
+            order = torch.from_numpy(generator.permutation(self.n)) if shuffle else torch.arange(self.n)
+            yield from order[:end].split(size)
+
+
+def _in_head(name: str) -> bool:
+    return name.startswith("head.")
+
+
+def chunks(n: int) -> Iterator[slice]:
+    """Yield slices that cover n samples, for forward passes that need no gradient."""
+    return (slice(i, i + _CHUNK) for i in range(0, n, _CHUNK))

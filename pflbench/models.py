@@ -1,0 +1,84 @@
+"""The networks. Each has a `body`, whose output are the features, and a `head`, one linear layer."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pflbench.errors import UsageError, unknown
+from pflbench.spec import MODELS
+
+
+class Net(nn.Module):
+    """A `head` on a `body`. The body maps [n, channels, height, width] to features [n, d], the head to logits [n, k]."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def build_model(
+    name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0, norm: str | None = None
+) -> Net:
+    """Return model `name` for samples of `shape` and `classes` classes, with initial parameters drawn from `seed`.
+
+    Torch's global random state is left as it was. Raises `UsageError` when the samples do not fit the model.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    if name != "mlp" and len(shape) != 3:
+        raise UsageError(f"model {name!r} needs images; the samples have shape {shape}; use --model mlp")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _BUILDERS[name](shape, classes, norm or "batch")
+
+
+def _cnn(shape: tuple[int, ...], classes: int, norm: str) -> Net:  # noqa: ARG001
+    channels, height, width = shape
+    sides = [((side - 4) // 2 - 4) // 2 for side in (height, width)]
+    if min(sides) < 1:
+        raise UsageError(f"model 'cnn' needs images of at least 16x16; these are {height}x{width}; use --model mlp")
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 5),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * sides[0] * sides[1], 512),
+        nn.ReLU(inplace=True),
+    )
+    return Net(body, nn.Linear(512, classes))
+
+
+def _mlp(shape: tuple[int, ...], classes: int, norm: str) -> Net:  # noqa: ARG001
+    inputs = 1
+    for side in shape:
+        inputs *= side
+    return Net(nn.Sequential(nn.Flatten(), nn.Linear(inputs, 512), nn.ReLU(inplace=True)), nn.Linear(512, classes))
+
+
+def _resnet18(shape: tuple[int, ...], classes: int, norm: str) -> Net:
+    from torchvision.models import resnet18
+
+    layer = partial(nn.GroupNorm, 32) if norm == "group" else nn.BatchNorm2d
+    body = resnet18(norm_layer=layer)
+    features = body.fc.in_features
+    body.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
+    body.maxpool = nn.Identity()
+    body.fc = nn.Identity()
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None  # an integer that only momentum=None reads; there is nothing to average
+    return Net(body, nn.Linear(features, classes))
+
+
+_BUILDERS = {"cnn": _cnn, "mlp": _mlp, "resnet18": _resnet18}

@@ -1,0 +1,113 @@
+"""Settings that are declared once: a dataclass field with a default, a meaning and bounds.
+
+`RunSpec` and every method's `Hyper` are such dataclasses. The command line, configuration files, `pflbench describe`
+and the error messages are all made from the fields.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pflbench.errors import UsageError, unknown
+
+T = TypeVar("T")
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: Iterable[str] | None = None,
+) -> Any:
+    """Return a dataclass field: `doc` says what it means; `ge`, `gt`, `le` and `choices` are its bounds."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices is not None else None}
+    return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
+
+
+def fields(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
+    """Return the settings of dataclass `cls` by name (the fields that `option` made)."""
+    return {f.name: f for f in dataclasses.fields(cls) if "doc" in f.metadata}
+
+
+def kind(cls: type, name: str) -> tuple[type, bool]:
+    """Return the type of setting `name` of `cls`, and whether it may be None."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        (hint,) = [a for a in typing.get_args(hint) if a is not types.NoneType]
+        return hint, True
+    return hint, False
+
+
+def bounds(field: "dataclasses.Field[Any]") -> str:
+    """Return the bounds of a setting in words, for example "> 0, <= 1"."""
+    m = field.metadata
+    if m["choices"]:
+        return ", ".join(m["choices"])
+    signs = {"gt": ">", "ge": ">=", "le": "<="}
+    return ", ".join(f"{sign} {m[key]}" for key, sign in signs.items() if m[key] is not None)
+
+
+def check(settings: Any) -> None:
+    """Raise `UsageError` for the first setting that has the wrong type or is out of its bounds."""
+    for name, field in fields(type(settings)).items():
+        value = getattr(settings, name)
+        wanted, optional = kind(type(settings), name)
+        if value is None and optional:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if wanted is float and number:
+            fits = math.isfinite(value)
+        else:
+            fits = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+        if not fits:
+            raise UsageError(f"{name}: {value!r} is not {_NAMES[wanted]}")
+        m = field.metadata
+        if m["choices"] is not None and value not in m["choices"]:
+            raise unknown(name, value, m["choices"])
+        low = (m["gt"] is not None and value <= m["gt"]) or (m["ge"] is not None and value < m["ge"])
+        if low or (m["le"] is not None and value > m["le"]):
+            raise UsageError(f"{name}: {value} is out of bounds; it must be {bounds(field)}")
+
+
+def parse(cls: type, name: str, value: Any) -> Any:
+    """Return `value`, text from a command line or a value from TOML, as setting `name` of `cls` has its type.
+
+    Raises `UsageError` when it cannot be read as that type. Bounds are not checked here.
+    """
+    wanted, optional = kind(cls, name)
+    if isinstance(value, str) and wanted is not str:
+        word = value.strip().lower()
+        if optional and word == "none":
+            return None
+        if wanted is bool and word in ("true", "false"):
+            return word == "true"
+        if wanted in (int, float):
+            try:
+                return wanted(word)
+            except ValueError:
+                pass
+        raise UsageError(f"{name}: {value!r} is not {_NAMES[wanted]}")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def build(cls: type[T], values: Mapping[str, Any], noun: str) -> T:
+    """Return dataclass `cls` from `values` by name, parsed and checked.
+
+    `noun` is what an unknown key is called in the error, for example "hyperparameter of fedas".
+    """
+    known = fields(cls)
+    for name in values:
+        if name not in known:
+            raise unknown(noun, name, known)
+    settings = cls(**{name: parse(cls, name, value) for name, value in values.items()})
+    check(settings)
+    return settings

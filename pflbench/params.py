@@ -1,0 +1,64 @@
+"""Parameters by name, and the few things that are done with them. Values: nothing here changes its inputs."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+State = dict[str, Params]
+
+
+def read(net: nn.Module) -> Params:
+    """Return a copy of the parameters and floating-point buffers of `net`, detached and contiguous."""
+    return {name: slot.clone(memory_format=torch.contiguous_format) for name, slot in slots(net).items()}
+
+
+def slots(net: nn.Module) -> Params:
+    """Return the live parameters and floating-point buffers of `net`, detached: writing to them changes `net`."""
+    named = (*net.named_parameters(), *net.named_buffers())
+    return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+
+
+def merge(*parts: Mapping[str, Tensor]) -> Params:
+    """Return the union of `parts`; where a name stands in several, the last one's tensor."""
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def average(parts: Sequence[Params], weights: Sequence[float]) -> Params:
+    """Return the weighted mean of `parts`, tensor by tensor, with `weights` normalised to sum 1.
+
+    Sums run in float64 in the order of `parts`, so that the result does not depend on who finished first, and one part
+    alone comes back exactly.
+    """
+    total = float(sum(weights))
+    shares = [w / total for w in weights]
+
+    def mean(name: str) -> Tensor:
+        out = torch.zeros_like(parts[0][name], dtype=torch.float64)
+        for part, share in zip(parts, shares, strict=True):
+            out.add_(part[name].double(), alpha=share)
+        return out.to(parts[0][name].dtype)
+
+    return {name: mean(name) for name in parts[0]}
+
+
+def nbytes(parts: Iterable[Params]) -> int:
+    """Return the bytes of all tensors in `parts`."""
+    return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+
+
+def flatten(state: State, prefix: str) -> Params:
+    """Return `state` as one level: `prefix/part/name` -> tensor, the form in which it is stored."""
+    return {f"{prefix}/{part}/{name}": t for part, params in state.items() for name, t in params.items()}
+
+
+def fingerprint(params: Params) -> str:
+    """Return the SHA-256 of names, types, shapes and bytes of `params`, whatever their order."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        t = params[name].detach().cpu().contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

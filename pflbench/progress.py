@@ -1,0 +1,103 @@
+"""What a run shows while it goes on, and when it is done."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import rich.box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from pflbench.record import Record
+from pflbench.spec import RunSpec
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere (both on standard error), nothing when `quiet`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.started = False
+        self._quiet = quiet
+        self._rounds = 0
+        self._accuracy = ""
+        self._console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("accuracy {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.started:
+            self._bar.stop()
+
+    def start(self, spec: RunSpec) -> None:
+        """Show what is run, before the first round."""
+        self.started = True
+        self._rounds = spec.rounds
+        if not self._quiet:
+            text = f"{spec.algo} on {spec.dataset}, {spec.clients} clients ({_partition(spec)}), {spec.joining} a round"
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Show one line of rounds.jsonl."""
+        if "accuracy" in row:
+            self._accuracy = percent(row["accuracy"])
+        if not self._bar.tasks:
+            # Not before the first round is done: the bar has a thread, and workers are forked before that.
+            self._bar.start()
+            self._bar.add_task("", total=self._rounds, accuracy="")
+        self._bar.update(self._bar.task_ids[0], completed=row["round"], accuracy=self._accuracy)
+        if self._bar.disable and not self._quiet:
+            done = f"round {row['round']}/{self._rounds}  accuracy {self._accuracy or '-'}  {row['seconds']:.1f} s"
+            self._console.print(done, highlight=False, soft_wrap=True)
+
+
+def _partition(spec: RunSpec) -> str:
+    return f"{spec.partition} {spec.alpha:g}" if spec.alpha is not None else spec.partition
+
+
+def percent(value: float | None) -> str:
+    """Return a fraction as text, in percent."""
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def table(record: Record) -> None:
+    """Print the short table that ends a run."""
+    summary = record.summary
+    spec = record.spec
+    out = Table(
+        title=f"{spec.algo} on {spec.dataset}, {_partition(spec)}, seed {spec.seed}",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    out.add_column("after the last round" if "last" in summary else "no evaluation")
+    out.add_column("last", justify="right")
+    out.add_column("mean of last 5", justify="right")
+    for name, text in (
+        ("accuracy", "accuracy, weighted by samples"),
+        ("accuracy_mean", "accuracy, mean of clients"),
+        ("accuracy_std", "  std over clients"),
+        ("accuracy_worst10", "  worst 10 % of clients"),
+        ("global_accuracy", "accuracy of the global model"),
+    ):
+        if "last" in summary:
+            out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
+    mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
+    out.add_row("sent up / down", *mega)
+    out.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['seconds'] / max(summary['rounds'], 1):.2f} s a round")
+    console = Console()
+    console.print(out)
+    console.print(f"record: {record.path}", highlight=False, soft_wrap=True)

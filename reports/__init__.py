@@ -1,0 +1,1 @@
+"""Tables and plots. Nothing here imports torch."""
