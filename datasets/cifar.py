@@ -20,7 +20,7 @@ def ensure(name: str, data_dir: Path, *, download: bool = True) -> Path:
     With `download=False` a missing folder is only asked for, not fetched. Raises `DownloadError`.
     """
     source = _source(name)
-    folder = data_dir / source.base_folder
+    folder = data_dir / str(source.base_folder)
     if not folder.exists():
         if download:
             fetch(source, source.url, data_dir, source.base_folder)

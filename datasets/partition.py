@@ -77,8 +77,8 @@ def make(
     pay no heed to them. `balanced` gives all clients equally many samples (pathological: each class's holders equally
     many of it), otherwise the sizes follow from the Dirichlet draw or a log-normal one.
 
-    `split` "pooled" deals out all samples and splits each client's share at random into 3/4 training, 1/4 test, at least
-    one of each (PFLlib's protocol). "official" deals out the training set alone, and the test set such that each
+    `split` "pooled" deals out all samples and splits each client's share at random into 3/4 training and 1/4 test, at
+    least one of each (PFLlib's protocol). "official" deals out the training set alone, and the test set such that each
     client's test samples follow the classes of its training samples, at least one each.
 
     Every client gets at least `min_samples` samples (before the split; never less than the 2 or 1 that `split` needs).
@@ -170,7 +170,8 @@ def _log_dirichlet(alpha: float, size: int, random: np.random.RandomState) -> Fl
 def _normalised(logs: Floats, allowed: npt.NDArray[np.bool_]) -> Floats:
     """Return the probabilities with these logarithms, given that only the `allowed` can occur."""
     masses: Floats = np.exp(np.where(allowed, logs - logs[allowed].max(), -np.inf))
-    return masses / masses.sum()
+    masses /= masses.sum()
+    return masses
 
 
 def _dirichlet(
@@ -178,8 +179,8 @@ def _dirichlet(
 ) -> tuple[Ints, int]:
     """Split each class by its own Dirichlet draw over the clients, as PFLlib and NIID-Bench do.
 
-    A client that has its fair share already gets nothing more. Where no client may come out below `least`, the published
-    code draws again until that holds, which for small alpha is for ever; here the best of `_DRAWS` draws is repaired.
+    A client that has its fair share already gets nothing more. Until no client is below `least`, the published code
+    draws again, which for small alpha is for ever; here the best of `_DRAWS` draws is repaired.
     """
     best = np.zeros((clients, len(class_sizes)), dtype=np.int64)
     for _ in range(_DRAWS):
@@ -240,7 +241,8 @@ def _balanced_dirichlet(class_sizes: Ints, clients: int, alpha: float, random: n
 
 def _equal(total: int, parts: int, random: np.random.RandomState) -> Ints:
     """Return `parts` sizes that differ by one at most and sum to `total`; chance says who has the one more."""
-    return total // parts + (random.permutation(parts) < total % parts).astype(np.int64)
+    sizes: Ints = total // parts + (random.permutation(parts) < total % parts).astype(np.int64)
+    return sizes
 
 
 def _log_normal(total: int, parts: int, random: np.random.RandomState) -> Ints:
@@ -251,7 +253,7 @@ def _log_normal(total: int, parts: int, random: np.random.RandomState) -> Ints:
 def _proportional(weights: Floats | Ints, total: int) -> Ints:
     """Return whole numbers in proportion to `weights` that sum to `total`: the largest remainders are rounded up."""
     exact = weights * (total / weights.sum())
-    shares = np.floor(exact).astype(np.int64)
+    shares: Ints = np.floor(exact).astype(np.int64)
     up = np.argsort(shares - exact, kind="stable")[: total - shares.sum()]
     shares[up] += 1
     return shares

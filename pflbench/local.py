@@ -120,12 +120,12 @@ class Local:
         )
         net.train()
         x, step_net = self._x, net
-        if loss is cross_entropy and all(map(_in_head, chosen)) and all(isinstance(m, _PLAIN) for m in net.body.modules()):
+        if loss is cross_entropy and all(map(_in_head, chosen)) and all(type(m) in _PLAIN for m in net.body.modules()):
             # The body is frozen and plain, so its features are the same in every epoch.
             x, step_net = self._features(net), Net(nn.Identity(), net.head)
         total = torch.zeros((), dtype=torch.float64)
         samples = 0
-        for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, spec.shuffle, purpose):
+        for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
             y = self.y[index]
             optimiser.zero_grad()
             value = loss(step_net, self._bench.batch(x, index), y).mean()
@@ -146,9 +146,9 @@ class Local:
         done = params.read(net)
         return done if only is None else {name: done[name] if only(name) else start[name] for name in done}
 
-    def batches(self, *, batch_size: int | None = None, shuffle: bool = False, purpose: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the training data once, in batches (x, y), by default in their stored order. For reading, not training."""
-        for index in self._orders(1, batch_size, shuffle, purpose):
+    def batches(self, *, batch_size: int | None = None, purpose: str = "read") -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training data once, in batches (x, y) of the protocol's size and order unless given."""
+        for index in self._orders(1, batch_size, purpose):
             yield self._bench.batch(self._x, index), self.y[index]
 
     def grad(self, at: Params, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Params:
@@ -168,14 +168,14 @@ class Local:
         with torch.no_grad():
             return torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
 
-    def _orders(self, epochs: int, batch_size: int | None, shuffle: bool, purpose: str) -> Iterator[Tensor]:
+    def _orders(self, epochs: int, batch_size: int | None, purpose: str) -> Iterator[Tensor]:
         """Yield the sample numbers of each batch of `epochs` epochs."""
         size = batch_size or self._spec.batch_size
         generator = rng(self._spec.seed_of("order"), "batches", purpose, self._calls[purpose], *self._key)
         self._calls[purpose] += 1
         end = self.n // size * size if self._spec.drop_last and self.n >= size else self.n
         for _ in range(epochs):
-            order = torch.from_numpy(generator.permutation(self.n)) if shuffle else torch.arange(self.n)
+            order = torch.from_numpy(generator.permutation(self.n)) if self._spec.shuffle else torch.arange(self.n)
             yield from order[:end].split(size)
 
 

@@ -27,6 +27,7 @@ def draw(counts: npt.NDArray[np.int64], class_names: Sequence[str], title: str, 
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     clients, classes = counts.shape
     small = clients <= _MAX_BUBBLE_CLIENTS and classes <= _MAX_BUBBLE_CLASSES
@@ -40,7 +41,7 @@ def draw(counts: npt.NDArray[np.int64], class_names: Sequence[str], title: str, 
     axes.set_ylabel("class")
     axes.set_xlim(-0.5, clients - 0.5)
     axes.set_ylim(classes - 0.5, -0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if clients <= _MAX_BUBBLE_CLIENTS:
         axes.set_xticks(range(0, clients, 1 if clients <= 25 else 5))
     if classes <= _MAX_NAMED_CLASSES:
