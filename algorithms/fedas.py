@@ -4,9 +4,9 @@ Paper: Yang, Huang, Ye, "FedAS: Bridging Inconsistency in Personalized Federated
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over
-batches of the squared norm of the gradient of the batch's mean loss. Aligned is a copy of the received body; the authors'
-code trains the server's own, so that a client starts from what the clients before it aligned: `alignment=in-place` does
-the same (the aligned body is then sent back, and counted).
+batches of the squared norm of the gradient of the batch's mean loss. Aligned is a copy of the received body; the
+authors' code trains the server's own, so that a client starts from what the clients before it aligned:
+`alignment=in-place` does the same (the aligned body is then sent back, and counted).
 """
 
 from collections.abc import Callable, Sequence
@@ -81,10 +81,10 @@ def prototypes(local: Local, model: Params) -> Tensor:
 
 
 def pull(targets: Tensor) -> Callable[[Net, Tensor, Tensor], Tensor]:
-    """Return the alignment loss: over the classes of a batch, the sum of the MSE of features to the class's prototype."""
+    """Return the alignment loss: summed over the classes of a batch, the MSE of features to the class's prototype."""
 
     def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-        distance = (net.body(x) - targets[y]).square().mean(1)
+        distance: Tensor = (net.body(x) - targets[y]).square().mean(1)
         return distance * (len(y) / y.bincount()[y])  # the mean over the batch is then the sum of the classes' means
 
     return loss

@@ -1,8 +1,8 @@
 """FedAvg-FT: FedAvg, whose global model every client fine-tunes on its own data before it is evaluated.
 
 Paper: McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, with the fine-tuning of Wang et al., "Federated
-Evaluation of On-device Personalization", 2019, https://arxiv.org/abs/1910.10252, section 2: the personalised model is the
-global one after training on the client; it is not sent back.
+Evaluation of On-device Personalization", 2019, https://arxiv.org/abs/1910.10252, section 2: the personalised model is
+the global one after training on the client; it is not sent back.
 Personal: nothing between rounds.
 Evaluated: the global model after `ft_epochs` epochs of the protocol's SGD on the client's training data.
 Deviations: the paper tunes the fine-tuning per task and gives no default; ours is one epoch at the protocol's rate.

@@ -1,8 +1,8 @@
 """FedRep: train the head on the received body, then the body under that head.
 
 Paper: Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", ICML 2021,
-https://arxiv.org/abs/2102.07078; Algorithm 1: `head_epochs` of updates of h_i with the representation phi fixed, then the
-update of phi with h_i fixed; the server takes the plain mean of the phi_i, with equal weights.
+https://arxiv.org/abs/2102.07078; Algorithm 1: `head_epochs` of updates of h_i with the representation phi fixed, then
+the update of phi with h_i fixed; the server takes the plain mean of the phi_i, with equal weights.
 Personal: the head.
 Evaluated: the averaged body with the client's own head.
 Deviations: none. The body gets the protocol's local epochs; the paper's experiments use 10 for the head.

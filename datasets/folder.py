@@ -88,6 +88,8 @@ def _files(root: Path) -> list[Path]:
     """Return all image files below `root`, sorted by part and relative path."""
     from PIL import Image
 
+    # The common formats first: otherwise each image is offered to dozens of rare decoders in alphabetical order.
+    Image.preinit()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     if not root.is_dir():
         raise UsageError(f"folder:{root} is {'not a folder' if root.exists() else 'not there'}; give an image tree")

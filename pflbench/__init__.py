@@ -37,9 +37,9 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022
-    "Algorithm", "Message", "load_federation", "participants", "resolve", "run", "Diverged", "PflbenchError", "RunError",
-    "UsageError", "ClientData", "Federation", "Split", "Local", "Net", "build_model", "option", "Record", "register",
-    "RunSpec",
+    "Algorithm", "Message", "load_federation", "participants", "resolve", "run", "Diverged", "PflbenchError",
+    "RunError", "UsageError", "ClientData", "Federation", "Split", "Local", "Net", "build_model", "option", "Record",
+    "register", "RunSpec",
 ]  # fmt: skip
 
 

@@ -109,9 +109,7 @@ def run(
     _run(spec, own, data_dir, force=force, quiet=quiet, as_json=as_json)
 
 
-def _run(
-    spec: RunSpec, own: dict[str, Any], data_dir: Path | None, *, force: bool, quiet: bool, as_json: bool
-) -> None:
+def _run(spec: RunSpec, own: dict[str, Any], data_dir: Path | None, *, force: bool, quiet: bool, as_json: bool) -> None:
     from pflbench import engine
     from pflbench.progress import Progress, table
 
@@ -152,11 +150,11 @@ def list_(what: str, as_json: bool) -> None:
     from pflbench.datasets import partition
 
     found = {
-        "algorithms": registry.algorithms,
-        "datasets": lambda: datasets.DATASETS,
-        "models": lambda: MODELS,
-        "partitions": lambda: partition.PARTITIONS,
-    }[what]()
+        "algorithms": registry.algorithms(),
+        "datasets": datasets.DATASETS,
+        "models": MODELS,
+        "partitions": partition.PARTITIONS,
+    }[what]
     if as_json:
         click.echo(json.dumps(found))
         return

@@ -35,10 +35,10 @@ def run(
 ) -> Record:
     """Run `spec` and return its record, with the final states of the server and of all clients.
 
-    `federation` takes the place of the spec's dataset and partition. `model`, a network with `body` and `head`, takes the
-    place of the spec's, and its parameters are the initial ones; it is not changed.
-    With `out` the record is written to `out/<id>`, and a record that is already there is returned instead (`force` runs
-    anew). `notice` gets remarks for the user, `on_start` the resolved spec, `on_round` each line of rounds.jsonl.
+    `federation` takes the place of the spec's dataset and partition. `model`, a network with `body` and `head`, takes
+    the place of the spec's, and its parameters are the initial ones; it is not changed.
+    With `out` the record is written to `out/<id>`, and a record that is already there is returned instead (`force`
+    runs anew). `notice` gets remarks for the user, `on_start` the resolved spec, `on_round` each line of rounds.jsonl.
 
     Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
     process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
@@ -183,22 +183,10 @@ def resolve(
 def load_federation(spec: RunSpec, data_dir: Path | str | None = None) -> Federation:
     """Return the clients that the resolved `spec` describes. Raises `UsageError` when the demand is impossible."""
     from pflbench import datasets
-    from pflbench.datasets import partition
+    from pflbench.datasets.partition import make
 
     data = datasets.load(spec.dataset, _data_dir(data_dir))
-    parts = partition.make(
-        data.labels,
-        data.n_train,
-        len(data.classes),
-        partition=spec.partition,
-        clients=spec.clients,
-        alpha=spec.alpha,
-        classes_per_client=spec.classes_per_client,
-        balanced=bool(spec.balanced),
-        min_samples=spec.min_samples,
-        split=spec.split,
-        seed=spec.seed_of("partition"),
-    )
+    parts = make(data.labels, data.n_train, len(data.classes), **spec.partition_settings())
     return Federation.from_dataset(data, parts)
 
 

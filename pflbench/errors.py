@@ -20,7 +20,7 @@ class RunError(PflbenchError):
     """A run that had begun cannot go on: a worker died, the record is locked by another process."""
 
 
-class Diverged(RunError):
+class Diverged(RunError):  # noqa: N818
     """Training left the finite numbers. The message names the round, the client and the quantity."""
 
 

@@ -15,8 +15,11 @@ from pflbench.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One client's test: number of samples, how many its personalised model and the global model get right, and the sum
-    of the personalised model's cross-entropy. `global_correct` is None where there is no global model."""
+    """One client's test.
+
+    `n` samples, of which the personalised model gets `correct` right, with cross-entropies that sum to `loss`, and the
+    global model `global_correct`, which is None where there is no global model.
+    """
 
     client: int
     n: int
@@ -40,9 +43,9 @@ def test(bench: Bench, model: Params, split: Split) -> tuple[int, float]:
 def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     """Return the accuracies over clients, as fractions.
 
-    `accuracy` is weighted by test samples, `accuracy_mean` is not, `accuracy_std` is the (population) standard deviation
-    over clients, `accuracy_worst10` the plain mean of the worst 10 % of the clients (at least one). `global_accuracy`,
-    weighted, is None where there is no global model. `test_loss` is weighted.
+    `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population's standard deviation
+    over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
+    `global_accuracy`, weighted, is None where there is no global model. `test_loss` is weighted.
     """
     n = sum(s.n for s in scores)
     each = np.sort([s.correct / s.n for s in scores])

@@ -75,9 +75,7 @@ class Work:
     def __call__(self, task: Task) -> Any:
         """Return the `Trained` or the `evaluate.Score` of `task`."""
         data = self.federation.clients[task.client]
-        local = Local(
-            self.bench, data.train, self.federation.classes, self.spec, round=task.round, client=task.client
-        )
+        local = Local(self.bench, data.train, self.federation.classes, self.spec, round=task.round, client=task.client)
         if not task.test:
             up, state = self.algorithm.local_update(local, task.down, task.state)
             return Trained(up, state, local.loss_sum, local.loss_samples, local.steps)
@@ -171,7 +169,9 @@ class Processes:
 
     def map(self, tasks: Sequence[Task]) -> list[Any]:
         """Return the results of `tasks`, in the order of `tasks`."""
-        waiting = sorted(range(len(tasks)), key=lambda i: self._work.size(tasks[i]))  # popped from the end: largest first
+        waiting = sorted(
+            range(len(tasks)), key=lambda i: self._work.size(tasks[i])
+        )  # popped from the end: largest first
         idle = list(self._workers)
         doing: dict[Connection, int] = {}
         results: list[Any] = [None] * len(tasks)
@@ -181,8 +181,8 @@ class Processes:
                 doing[connection] = waiting.pop()
                 with self._death(connection, tasks[doing[connection]]):
                     connection.send_bytes(_dumps(tasks[doing[connection]]))
-            for connection in wait(list(doing)):
-                assert isinstance(connection, Connection)  # noqa: S101
+            ready = wait(list(doing))
+            for connection in [c for c in doing if c in ready]:
                 with self._death(connection, tasks[doing[connection]]):
                     result = pickle.loads(connection.recv_bytes())  # noqa: S301
                 if isinstance(result, BaseException):
@@ -198,7 +198,8 @@ class Processes:
         except (EOFError, OSError):
             process = self._workers[connection]
             process.join()
-            how = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
+            code = process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise RunError(
                 f"worker process {process.pid} died ({how}) in round {task.round}, client {task.client}; "
                 "if memory ran out, use fewer --workers"

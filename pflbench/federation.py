@@ -59,7 +59,7 @@ class Federation:
             x = torch.from_numpy(dataset.images[index]).permute(0, 3, 1, 2)
             y = torch.from_numpy(dataset.labels[index])
             sizes = [len(p) for p in parts]
-            return [Split(a, b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+            return [Split(a, b) for a, b in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)]
 
         pairs = zip(gather(partition.train), gather(partition.test), strict=True)
         return cls(
@@ -83,7 +83,9 @@ class Federation:
         made = []
         for i, arrays in enumerate(clients):
             if len(arrays) != 4:
-                raise UsageError(f"from_arrays: client {i} has {len(arrays)} arrays; give x_train, y_train, x_test, y_test")
+                raise UsageError(
+                    f"from_arrays: client {i} has {len(arrays)} arrays; give x_train, y_train, x_test, y_test"
+                )
             x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
             for x, y, part in ((x_train, y_train, "training"), (x_test, y_test, "test")):
                 if len(x) != len(y) or len(y) == 0:

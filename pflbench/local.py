@@ -139,7 +139,9 @@ class Local:
             samples += len(y)
             self.steps += 1
         if not math.isfinite(total):
-            raise Diverged(f"round {self._key[0]}, client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
+            raise Diverged(
+                f"round {self._key[0]}, client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr"
+            )
         if purpose == "train":
             self.loss_sum += float(total)
             self.loss_samples += samples
@@ -176,7 +178,7 @@ class Local:
         end = self.n // size * size if self._spec.drop_last and self.n >= size else self.n
         for _ in range(epochs):
             order = torch.from_numpy(generator.permutation(self.n)) if self._spec.shuffle else torch.arange(self.n)
-            yield from order[:end].split(size)
+            yield from torch.split(order[:end], size)
 
 
 def _in_head(name: str) -> bool:

@@ -10,7 +10,7 @@ from pflbench.spec import MODELS
 
 
 class Net(nn.Module):
-    """A `head` on a `body`. The body maps [n, channels, height, width] to features [n, d], the head to logits [n, k]."""
+    """A `head` on a `body`: images [n, channels, height, width] to features [n, d] to logits [n, classes]."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -23,9 +23,7 @@ class Net(nn.Module):
         return out
 
 
-def build_model(
-    name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0, norm: str | None = None
-) -> Net:
+def build_model(name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0, norm: str | None = None) -> Net:
     """Return model `name` for samples of `shape` and `classes` classes, with initial parameters drawn from `seed`.
 
     Torch's global random state is left as it was. Raises `UsageError` when the samples do not fit the model.

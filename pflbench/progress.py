@@ -48,7 +48,7 @@ class Progress:
         self.started = True
         self._rounds = spec.rounds
         if not self._quiet:
-            text = f"{spec.algo} on {spec.dataset}, {spec.clients} clients ({_partition(spec)}), {spec.joining} a round"
+            text = f"{spec.algo} on {spec.dataset}: {spec.describe_partition()}, {spec.joining} a round"
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def round(self, row: dict[str, Any]) -> None:
@@ -65,10 +65,6 @@ class Progress:
             self._console.print(done, highlight=False, soft_wrap=True)
 
 
-def _partition(spec: RunSpec) -> str:
-    return f"{spec.partition} {spec.alpha:g}" if spec.alpha is not None else spec.partition
-
-
 def percent(value: float | None) -> str:
     """Return a fraction as text, in percent."""
     return "-" if value is None else f"{100 * value:.2f} %"
@@ -79,7 +75,7 @@ def table(record: Record) -> None:
     summary = record.summary
     spec = record.spec
     out = Table(
-        title=f"{spec.algo} on {spec.dataset}, {_partition(spec)}, seed {spec.seed}",
+        title=f"{spec.algo} on {spec.dataset}: {spec.describe_partition()}, seed {spec.seed}",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
@@ -97,7 +93,9 @@ def table(record: Record) -> None:
             out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
     mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
     out.add_row("sent up / down", *mega)
-    out.add_row("time", f"{summary['seconds']:.1f} s", f"{summary['seconds'] / max(summary['rounds'], 1):.2f} s a round")
+    out.add_row(
+        "time", f"{summary['seconds']:.1f} s", f"{summary['seconds'] / max(summary['rounds'], 1):.2f} s a round"
+    )
     console = Console()
     console.print(out)
     console.print(f"record: {record.path}", highlight=False, soft_wrap=True)

@@ -122,13 +122,15 @@ class Record:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the record in folder `path`, without its states. Raises `UsageError` when it is none that we can read."""
+        """Read the record in folder `path`, without its states. Raises `UsageError` when it cannot be read."""
         import pyarrow.parquet as pq
 
         try:
             run = json.loads((path / "run.json").read_text(encoding="utf-8"))
             if run["schema"] != SCHEMA:
-                raise UsageError(f"{path}: record schema {run['schema']} is not {SCHEMA}; use the pflbench that wrote it")
+                raise UsageError(
+                    f"{path}: record schema {run['schema']} is not {SCHEMA}; use the pflbench that wrote it"
+                )
             rounds = [json.loads(line) for line in (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
             clients = pq.read_table(path / "clients.parquet").to_pylist()
             spec = RunSpec.from_dict(run["spec"])
@@ -196,8 +198,13 @@ class Writer:
         save_file({name: t.contiguous() for name, t in self._record.states().items()}, self._partial / _STATE)
         (self._partial / "rounds.jsonl").touch()
         schema = pa.schema(
-            [("round", pa.int32()), ("client", pa.int32()), ("n", pa.int32())]
-            + [("accuracy", pa.float64()), ("global_accuracy", pa.float64())]
+            {
+                "round": pa.int32(),
+                "client": pa.int32(),
+                "n": pa.int32(),
+                "accuracy": pa.float64(),
+                "global_accuracy": pa.float64(),
+            }
         )
         pq.write_table(pa.Table.from_pylist(self._record.clients, schema=schema), self._partial / "clients.parquet")
         text = json.dumps(self._record.to_dict(), indent=2)
@@ -206,11 +213,11 @@ class Writer:
             old = self._final.with_suffix(".old")
             if old.exists():
                 shutil.rmtree(old)
-            os.replace(self._final, old)
-            os.replace(self._partial, self._final)
+            self._final.rename(old)
+            self._partial.rename(self._final)
             shutil.rmtree(old)
         else:
-            os.replace(self._partial, self._final)
+            self._partial.rename(self._final)
         self._record.path = self._final
 
 

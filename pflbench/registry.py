@@ -53,7 +53,9 @@ def algorithms() -> dict[str, str]:
     files, plugins = _files(), _plugins()
     if clash := files.keys() & plugins.keys():
         name = min(clash)
-        raise UsageError(f"the package of entry point {plugins[name].value!r} reuses the method name {name!r}; rename it")
+        raise UsageError(
+            f"the package of entry point {plugins[name].value!r} reuses the method name {name!r}; rename it"
+        )
     lines = {name: _first_line(path) for name, path in files.items()}
     lines |= {name: f"from {entry.dist.name if entry.dist else entry.value}" for name, entry in plugins.items()}
     lines |= {name: (cls.__doc__ or "").split("\n")[0] for name, cls in _registered.items() if name not in lines}

@@ -88,6 +88,17 @@ class RunSpec:
         apart: int | None = getattr(self, f"{purpose}_seed")
         return self.seed if apart is None else apart
 
+    def partition_settings(self) -> dict[str, Any]:
+        """Return the settings that make the partition, as `pflbench.datasets.partition.make` takes them."""
+        names = ("partition", "clients", "alpha", "classes_per_client", "min_samples", "split")
+        rest = {"balanced": bool(self.balanced), "seed": self.seed_of("partition")}
+        return {name: getattr(self, name) for name in names} | rest
+
+    def describe_partition(self) -> str:
+        """Return clients and partition in a few words."""
+        detail = self.alpha if self.alpha is not None else self.classes_per_client
+        return f"{self.clients} clients, {self.partition}" + ("" if detail is None else f" {detail:g}")
+
     def normalised(self, *, own_model: bool = False) -> "RunSpec":
         """Return the same run in its one canonical form, so that equal runs have equal ids.
 
