@@ -117,7 +117,7 @@ def _run(spec: RunSpec, own: dict[str, Any], data_dir: Path | None, *, force: bo
     with Progress(quiet=quiet or as_json) as progress:
         record = engine.run(
             spec,
-            executor=str(own.get("executor") or "processes"),
+            executor=str(own.get("executor", "processes")),
             workers=None if workers is None else _integer("workers", workers),
             out=_folder("out", own.get("out")) or Path("runs"),
             force=force,
@@ -181,9 +181,9 @@ def describe(algorithm: str) -> None:
 @_spec_options(_DATA_SETTINGS)
 @_config_option
 @_data_option
-@click.option("--out", metavar="FOLDER", default="partitions", help="where it is written  [default: partitions]")
+@click.option("--out", metavar="FOLDER", help="where it is written  [default: partitions]")
 @_json_option
-def partition(config: str | None, data_dir: str | None, out: str, as_json: bool, **given: Any) -> None:
+def partition(config: str | None, data_dir: str | None, out: str | None, as_json: bool, **given: Any) -> None:
     """Show who gets which samples, and draw it, without training.
 
     Writes FOLDER/<content hash>/ with partition.png, partition.svg, counts.csv and the sample numbers, indices.npz.
@@ -191,7 +191,9 @@ def partition(config: str | None, data_dir: str | None, out: str, as_json: bool,
     from pflbench.partitions import show
 
     values = _settings(config, given, allowed=_DATA_SETTINGS)
-    show(RunSpec.from_dict(values), Path(out), _folder("data_dir", data_dir), _notice, as_json=as_json)
+    spec = RunSpec.from_dict({**values, "join_ratio": 1.0})  # its default, not used here, needs 6 clients
+    folder = _folder("out", out) or Path("partitions")
+    show(spec, folder, _folder("data_dir", data_dir), _notice, as_json=as_json)
 
 
 def _settings(config: str | None, given: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
@@ -212,10 +214,22 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UsageError(f"config: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"config: {path} is not a TOML file: {str(error).splitlines()[0]}") from None
-    values = {name.replace("-", "_"): value for name, value in values.items()}
+    values = _underscored(values, path)
     if not isinstance(values.get("set", {}), dict):
         raise UsageError(f"config: {path}: set must be a table of hyperparameters, [set]")
+    if "set" in values:
+        values["set"] = _underscored(values["set"], path)
     return values
+
+
+def _underscored(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key in out:
+            raise UsageError(f"config: {path}: {name!r} is set twice, with a hyphen and an underscore; leave one out")
+        out[key] = value
+    return out
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -235,10 +249,14 @@ def _integer(name: str, value: Any) -> int:
 def _folder(name: str, value: Any) -> Path | None:
     if value is None:
         return None
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise UsageError(f"{name}: {value!r} is not a folder")
     path = Path(value)
-    if path.exists() and not path.is_dir():
+    try:
+        taken = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise UsageError(f"{name}: {value!r} is not a folder: {error.strerror}") from None
+    if taken:
         raise UsageError(f"{name}: {path} is a file, not a folder; choose another --{name.replace('_', '-')}")
     return path
 
@@ -248,7 +266,7 @@ def _notice(text: str) -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {' '.join(message.splitlines())}", err=True)
     sys.exit(code)
 
 

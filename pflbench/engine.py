@@ -66,10 +66,10 @@ def run(
         "initial": params.fingerprint(initial),
         "algorithm": source_fingerprint(algorithm),
     }
-    on_start(spec)
     work = Work(spec, algorithm, federation, net)
     if folder is None:
         with EXECUTORS[executor](work, workers) as pool:
+            on_start(spec)
             _train(record, algorithm, initial, pool, on_round)
         return record
     writer = Writer(folder, record)
@@ -78,6 +78,7 @@ def run(
             return Record.load(folder / spec.id)
         with EXECUTORS[executor](work, workers) as pool:
             writer.start()
+            on_start(spec)
 
             def each(row: dict[str, Any]) -> None:
                 writer.add_round(row)
@@ -100,7 +101,7 @@ def _train(record: Record, algorithm: Algorithm, initial: params.Params, pool: E
             on_round(row)
         record.status = "finished"
     except Diverged as error:
-        record.status, record.reason = "diverged", str(error)
+        record.status, record.reason = "diverged", f"round {number}: {error}"
     record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": params.fingerprint(record.states())}
 
 

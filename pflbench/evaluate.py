@@ -43,8 +43,8 @@ def test(bench: Bench, model: Params, split: Split) -> tuple[int, float]:
 def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     """Return the accuracies over clients, as fractions.
 
-    `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population's standard deviation
-    over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
+    `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population's standard
+    deviation over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
     `global_accuracy`, weighted, is None where there is no global model. `test_loss` is weighted.
     """
     n = sum(s.n for s in scores)

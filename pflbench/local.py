@@ -139,9 +139,7 @@ class Local:
             samples += len(y)
             self.steps += 1
         if not math.isfinite(total):
-            raise Diverged(
-                f"round {self._key[0]}, client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr"
-            )
+            raise Diverged(f"client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
         if purpose == "train":
             self.loss_sum += float(total)
             self.loss_samples += samples

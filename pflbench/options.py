@@ -4,8 +4,10 @@
 and the error messages are all made from the fields.
 """
 
+import contextlib
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 from pflbench.errors import UsageError, unknown
 
 T = TypeVar("T")
+_LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what torch takes: 64-bit integers, 32-bit floating-point numbers
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -63,7 +66,7 @@ def check(settings: Any) -> None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if wanted is float and number:
-            fits = math.isfinite(value)
+            fits = -math.inf < value < math.inf
         else:
             fits = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
         if not fits:
@@ -73,7 +76,9 @@ def check(settings: Any) -> None:
             raise unknown(name, value, m["choices"])
         low = (m["gt"] is not None and value <= m["gt"]) or (m["ge"] is not None and value < m["ge"])
         if low or (m["le"] is not None and value > m["le"]):
-            raise UsageError(f"{name}: {value} is out of bounds; it must be {bounds(field)}")
+            raise UsageError(f"{name}: {reprlib.repr(value)} is out of bounds; it must be {bounds(field)}")
+        if wanted in _LARGEST and abs(value) > _LARGEST[wanted]:
+            raise UsageError(f"{name}: {reprlib.repr(value)} is out of bounds; it must be <= {_LARGEST[wanted]}")
 
 
 def parse(cls: type, name: str, value: Any) -> Any:
@@ -95,7 +100,8 @@ def parse(cls: type, name: str, value: Any) -> Any:
                 pass
         raise UsageError(f"{name}: {value!r} is not {_NAMES[wanted]}")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):  # `check` refuses what is too large
+            return float(value)
     return value
 
 

@@ -44,21 +44,19 @@ class Progress:
             self._bar.stop()
 
     def start(self, spec: RunSpec) -> None:
-        """Show what is run, before the first round."""
+        """Show what is run, before the first round (and after the workers were forked: the bar has a thread)."""
         self.started = True
         self._rounds = spec.rounds
         if not self._quiet:
             text = f"{spec.algo} on {spec.dataset}: {spec.describe_partition()}, {spec.joining} a round"
             self._console.print(text, highlight=False, soft_wrap=True)
+        self._bar.start()
+        self._bar.add_task("", total=self._rounds, accuracy="")
 
     def round(self, row: dict[str, Any]) -> None:
         """Show one line of rounds.jsonl."""
         if "accuracy" in row:
             self._accuracy = percent(row["accuracy"])
-        if not self._bar.tasks:
-            # Not before the first round is done: the bar has a thread, and workers are forked before that.
-            self._bar.start()
-            self._bar.add_task("", total=self._rounds, accuracy="")
         self._bar.update(self._bar.task_ids[0], completed=row["round"], accuracy=self._accuracy)
         if self._bar.disable and not self._quiet:
             done = f"round {row['round']}/{self._rounds}  accuracy {self._accuracy or '-'}  {row['seconds']:.1f} s"

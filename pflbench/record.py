@@ -170,9 +170,9 @@ class Writer:
         import filelock
 
         try:
-            self._final.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._final.parent / f"{self._record.id}.lock")
-            with lock.acquire(timeout=0):
+            locks = self._final.parent / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(locks / self._record.id).acquire(timeout=0):
                 yield
         except filelock.Timeout:
             raise RunError(f"run {self._record.id} is being computed by another process; wait for it to end") from None
