@@ -85,7 +85,8 @@ def pull(targets: Tensor) -> Callable[[Net, Tensor, Tensor], Tensor]:
 
     def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
         distance: Tensor = (net.body(x) - targets[y]).square().mean(1)
-        return distance * (len(y) / y.bincount()[y])  # the mean over the batch is then the sum of the classes' means
+        counts = y.bincount()[y].to(distance.dtype)
+        return distance * (len(y) / counts)  # the mean over the batch is then the sum of the classes' means
 
     return loss
 
