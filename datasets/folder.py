@@ -91,8 +91,12 @@ def _files(root: Path) -> list[Path]:
     # The common formats first: otherwise each image is offered to dozens of rare decoders in alphabetical order.
     Image.preinit()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    if not root.is_dir():
-        raise UsageError(f"folder:{root} is {'not a folder' if root.exists() else 'not there'}; give an image tree")
+    try:
+        kind = "a folder" if root.is_dir() else "not a folder" if root.exists() else "not there"
+    except OSError as error:
+        raise UsageError(f"folder:{root} cannot be read ({error.strerror}); give an image tree") from error
+    if kind != "a folder":
+        raise UsageError(f"folder:{root} is {kind}; give an image tree")
     found = []
     for part in _PARTS:
         if not (root / part).is_dir():

@@ -95,31 +95,30 @@ def run(
 
     Without options: FedAS's published example, on CIFAR-10 if it is there, else on synthetic images.
     """
-    values = _settings(config, given, allowed=(*options.fields(RunSpec), *_OWN, "set"))
+    values = _settings(config, given)
     chosen = {**values.pop("set", {}), **dict(_assignment(text) for text in hyperparameters)}
     own = {name: values.pop(name) for name in _OWN if name in values}
     spec = RunSpec.from_dict({**values, "hyperparameters": chosen})
     data_dir = _folder("data_dir", own.get("data_dir"))
+    executor = str(own.get("executor", "processes"))
+    workers = None if own.get("workers") is None else _integer("workers", own["workers"])
+    out = _folder("out", own.get("out")) or Path("runs")
     if dry_run:
-        from pflbench.engine import resolve
+        from pflbench.engine import check_execution, resolve
 
+        check_execution(executor, workers)
         spec = resolve(spec, data_dir=data_dir, notice=_notice, download=False)
         click.echo(json.dumps({"id": spec.id, "spec": spec.to_dict()}, indent=None if as_json else 2))
         return
-    _run(spec, own, data_dir, force=force, quiet=quiet, as_json=as_json)
-
-
-def _run(spec: RunSpec, own: dict[str, Any], data_dir: Path | None, *, force: bool, quiet: bool, as_json: bool) -> None:
     from pflbench import engine
     from pflbench.progress import Progress, table
 
-    workers = own.get("workers")
     with Progress(quiet=quiet or as_json) as progress:
         record = engine.run(
             spec,
-            executor=str(own.get("executor", "processes")),
-            workers=None if workers is None else _integer("workers", workers),
-            out=_folder("out", own.get("out")) or Path("runs"),
+            executor=executor,
+            workers=workers,
+            out=out,
             force=force,
             data_dir=data_dir,
             notice=_notice,
@@ -190,14 +189,15 @@ def partition(config: str | None, data_dir: str | None, out: str | None, as_json
     """
     from pflbench.partitions import show
 
-    values = _settings(config, given, allowed=_DATA_SETTINGS)
+    values = {name: value for name, value in _settings(config, given).items() if name in _DATA_SETTINGS}
     spec = RunSpec.from_dict({**values, "join_ratio": 1.0})  # its default, not used here, needs 6 clients
     folder = _folder("out", out) or Path("partitions")
     show(spec, folder, _folder("data_dir", data_dir), _notice, as_json=as_json)
 
 
-def _settings(config: str | None, given: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
+def _settings(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of file `config`, overridden by those `given` on the command line."""
+    allowed = (*options.fields(RunSpec), *_OWN, "set")
     values = {} if config is None else _read_config(Path(config))
     for name in values:
         if name not in allowed:

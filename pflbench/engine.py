@@ -8,7 +8,7 @@ from typing import Any
 
 from pflbench import evaluate, params, registry
 from pflbench.algorithm import Algorithm, State
-from pflbench.errors import Diverged, UsageError
+from pflbench.errors import Diverged, UsageError, unknown
 from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, cores
 from pflbench.federation import Federation
 from pflbench.models import Net, build_model
@@ -43,17 +43,14 @@ def run(
     Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
     process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
     """
-    if executor not in EXECUTORS:
-        raise UsageError(f"executor: {executor!r} is unknown; choose from: {', '.join(EXECUTORS)}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
-    workers = 1 if executor == "serial" else workers or cores()
+    check_execution(executor, workers)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
     spec = resolve(spec or RunSpec(), federation, model, data_dir=data_dir, notice=notice)
     if folder is not None and not force and (folder / spec.id).exists():
         return Record.load(folder / spec.id)
+    workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
     algorithm = registry.algorithm(spec.algo)(**spec.hyperparameters)
     federation = federation or load_federation(spec, data_dir)
     net = model or build_model(
@@ -138,6 +135,14 @@ def _round(record: Record, algorithm: Algorithm, pool: Executor, number: int) ->
         record.add_scores(number, scores)
         row |= evaluate.summary(scores)
     return {**row, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def check_execution(executor: str, workers: int | None) -> None:
+    """Raise `UsageError` when there is no such executor, or no such number of workers."""
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
 
 
 def participants(spec: RunSpec, round: int) -> list[int]:  # noqa: A002

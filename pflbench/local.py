@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,25 @@ _PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten
 def cross_entropy(net: Net, x: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy of each sample [n]."""
     return F.cross_entropy(net(x), y, reduction="none")
+
+
+class _SGD:
+    """SGD as `torch.optim.SGD` computes it, bit for bit, whose first use would import torch's compiler for seconds."""
+
+    def __init__(self, parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
+        self._parameters = [p.detach() for p in parameters]
+        self._lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
+        self._buffers: list[Tensor] = []
+
+    def step(self, grads: Sequence[Tensor]) -> None:
+        if self._weight_decay:
+            grads = [g.add(p, alpha=self._weight_decay) for g, p in zip(grads, self._parameters, strict=True)]
+        if self._momentum and not self._buffers:
+            grads = self._buffers = [g.clone() for g in grads]
+        elif self._momentum:
+            grads = [b.mul_(self._momentum).add_(g) for b, g in zip(self._buffers, grads, strict=True)]
+        for p, g in zip(self._parameters, grads, strict=True):
+            p.add_(g, alpha=-self._lr)
 
 
 @dataclasses.dataclass
@@ -112,8 +131,8 @@ class Local:
             p.requires_grad_(name in chosen)
         if not chosen:
             return start
-        optimiser = torch.optim.SGD(
-            chosen.values(),
+        optimiser = _SGD(
+            list(chosen.values()),
             lr=self.lr if lr is None else lr,
             momentum=spec.momentum if momentum is None else momentum,
             weight_decay=spec.weight_decay if weight_decay is None else weight_decay,
@@ -127,14 +146,12 @@ class Local:
         samples = 0
         for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
             y = self.y[index]
-            optimiser.zero_grad()
             value = loss(step_net, self._bench.batch(x, index), y).mean()
-            value.backward()  # type: ignore[no-untyped-call]
+            grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
             if correct is not None:
-                for name, p in chosen.items():
-                    grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = correct(name, grad, p.detach())
-            optimiser.step()
+                named = zip(chosen.items(), grads, strict=True)
+                grads = tuple(correct(name, grad, p.detach()) for (name, p), grad in named)
+            optimiser.step(grads)
             total += value.detach() * len(y)
             samples += len(y)
             self.steps += 1

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import rich.box
 from rich.console import Console
@@ -51,7 +52,7 @@ def show(spec: RunSpec, out: Path, data_dir: Path | None, notice: Callable[[str]
                 shutil.move(made, path)
     if as_json:
         found = {"fingerprint": parts.fingerprint, "path": str(path), "moved": parts.moved, "counts": counts.tolist()}
-        print(json.dumps({"dataset": data.name, "classes": list(data.classes), **found}))  # noqa: T201
+        click.echo(json.dumps({"dataset": data.name, "classes": list(data.classes), **found}))
         return
     console = Console()
     if not console.is_terminal:

@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -135,9 +136,12 @@ class Record:
             clients = pq.read_table(path / "clients.parquet").to_pylist()
             spec = RunSpec.from_dict(run["spec"])
             rest = {name: run[name] for name in ("status", "reason", "fingerprints", "versions", "machine")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            record = cls(spec=spec, rounds=rounds, clients=clients, path=path, **rest)
+            if (record.metrics_fingerprint(), spec.id) != (record.fingerprints["metrics"], run["id"]):
+                raise ValueError("its files do not belong together or are damaged")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path}: not a readable record ({error}); move it away or use --force") from None
-        return cls(spec=spec, rounds=rounds, clients=clients, path=path, **rest)
+        return record
 
     def load_states(self) -> None:
         """Read `server` and `client_states` from the record's folder."""
@@ -228,8 +232,11 @@ def check_out(out: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise UsageError(f"out: {existing} is a file, not a folder; choose another --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"out: {existing} cannot be written to; choose another --out")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # asked by trying: /proc and read-only mounts refuse even root
+            pass
+    except OSError as error:
+        raise UsageError(f"out: {existing} cannot be written to ({error.strerror}); choose another --out") from None
 
 
 def versions() -> dict[str, str]:

@@ -45,7 +45,15 @@ def _files() -> dict[str, Path]:
 
 
 def _plugins() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name)}
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise UsageError(
+                f"the packages of entry points {other.value!r} and {entry.value!r} share the method name "
+                f"{entry.name!r}; rename one"
+            )
+    return found
 
 
 def algorithms() -> dict[str, str]:

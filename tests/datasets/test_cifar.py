@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 import torchvision.datasets as tv
-from pflbench.datasets import download
 
 from pflbench import datasets
+from pflbench.datasets import download
 from pflbench.errors import UsageError
 
 FOLDER = "cifar-10-batches-py"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pflbench.datasets.dataset import Dataset
 
 from pflbench import datasets
+from pflbench.datasets.dataset import Dataset
 from pflbench.errors import UsageError
 
 

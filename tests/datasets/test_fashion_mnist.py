@@ -4,9 +4,9 @@ import hashlib
 import numpy as np
 import pytest
 import torchvision.datasets as tv
-from pflbench.datasets import fashion_mnist
 
 from pflbench import datasets
+from pflbench.datasets import fashion_mnist
 from pflbench.errors import UsageError
 
 PARTS = (("train", 5), ("t10k", 3))

@@ -2,8 +2,8 @@ import time
 
 import numpy as np
 import pytest
-from pflbench.datasets import partition as P
 
+from pflbench.datasets import partition as P
 from pflbench.errors import UsageError
 
 BASE = {

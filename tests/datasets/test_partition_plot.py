@@ -3,8 +3,9 @@ import sys
 
 import numpy as np
 import pytest
-from pflbench.reports.partition import draw
 from PIL import Image
+
+from pflbench.reports.partition import draw
 
 
 def counts_of(clients, classes):
