@@ -273,7 +273,7 @@ def _end(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Run the command line; every error that is not a fault of ours is one line, with exit code 2 for bad input."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="pflbench", standalone_mode=False)
     except PflbenchError as error:
         _end(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,6 +1,8 @@
 """The round loop."""
 
+import copy
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -53,9 +55,11 @@ def run(
     workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
     algorithm = registry.algorithm(spec.algo)(**spec.hyperparameters)
     federation = federation or load_federation(spec, data_dir)
-    net = model or build_model(
-        spec.model, federation.shape, federation.classes, seed=spec.seed_of("init"), norm=spec.norm
-    )
+    if model is None:
+        init = spec.seed_of("init")
+        net = build_model(spec.model, federation.shape, federation.classes, seed=init, norm=spec.norm)
+    else:
+        net = copy.deepcopy(model)
     record = Record(spec, versions=versions(), machine=machine(executor, workers))
     initial = params.read(net)
     record.fingerprints = {
@@ -177,7 +181,8 @@ def resolve(
     elif "given" in (spec.partition, spec.split):
         raise UsageError("partition, split: 'given' is for runs with a federation of one's own, from Python")
     if model is not None:
-        changes |= {"model": f"{type(model).__name__}@{params.fingerprint(params.read(model))[:12]}", "norm": None}
+        digest = hashlib.sha256(f"{model!r} {params.fingerprint(params.read(model))}".encode()).hexdigest()
+        changes |= {"model": f"{type(model).__name__}@{digest[:12]}", "norm": None}
     spec = dataclasses.replace(spec, **changes)
     spec = spec.normalised(own_model=model is not None)
     if federation is None:

@@ -185,10 +185,11 @@ class Processes:
             for connection in [c for c in doing if c in ready]:
                 with self._death(connection, tasks[doing[connection]]):
                     result = pickle.loads(connection.recv_bytes())  # noqa: S301
-                if isinstance(result, BaseException):
-                    raise result
                 results[doing.pop(connection)] = result
                 idle.append(connection)
+        for result in results:  # the first in the order of tasks, not the first that happened
+            if isinstance(result, BaseException):
+                raise result
         return results
 
     @contextlib.contextmanager
@@ -220,21 +221,22 @@ def _serve(work: Work, connection: Connection) -> None:
             task = pickle.loads(connection.recv_bytes())  # noqa: S301
         except (EOFError, OSError):
             return
-        connection.send_bytes(_dumps(_outcome(work, task)))
+        connection.send_bytes(_outcome(work, task))
 
 
-def _outcome(work: Work, task: Task) -> Any:
+def _outcome(work: Work, task: Task) -> bytes:
+    """Return the pickled result of `task`, or the pickled error that came instead."""
     try:
-        return work(task)
-    except PflbenchError as error:
-        return error
-    except Exception as error:  # a fault in a method's code: its author needs the worker's traceback
-        try:
-            pickle.dumps(error)
-        except Exception:
-            error = RuntimeError(repr(error))
-        error.add_note(f"In a worker, round {task.round}, client {task.client}:\n{traceback.format_exc()}")
-        return error
+        return _dumps(work(task))
+    except Exception as error:
+        if not isinstance(error, PflbenchError):  # a fault in a method's code: its author needs the worker's traceback
+            note = f"In a worker, round {task.round}, client {task.client}:\n{traceback.format_exc()}"
+            try:
+                pickle.loads(pickle.dumps(error))  # noqa: S301
+            except Exception:
+                error = RuntimeError(repr(error))
+            error.add_note(note)
+        return _dumps(error)
 
 
 def _die_with(sentinel: int) -> None:
@@ -247,7 +249,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor:
-            return torch.from_numpy, (obj.numpy(),)
+            return torch.from_numpy, (obj.detach().numpy(),)
         return NotImplemented
 
 

@@ -98,7 +98,7 @@ class Federation:
         top = max(int(s.y.max()) for s in splits) + 1
         if min(int(s.y.min()) for s in splits) < 0 or (classes is not None and classes < top):
             raise UsageError(f"from_arrays: labels must be 0 to {(classes or top) - 1}")
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{classes or top} classes".encode())
         for s in splits:
             digest.update(f"{s.x.dtype} {tuple(s.x.shape)}".encode())
             digest.update(s.x.contiguous().numpy().tobytes() + s.y.numpy().tobytes())

@@ -59,22 +59,27 @@ class Bench:
         self.net.to(memory_format=torch.channels_last)
         self.slots = params.slots(self.net)
         self.dtype = next(iter(self.slots.values())).dtype
+        # Integers (how many batches a BatchNorm has seen) are nobody's state: they start anew with every load.
+        self._counts = [(b, b.clone()) for b in self.net.buffers() if not b.is_floating_point()]
 
     def load(self, values: Params) -> Net:
         """Copy `values` into the network and return it."""
         if self.loaded is not values:
             for name, slot in self.slots.items():
                 slot.copy_(values[name])
+            for count, first in self._counts:
+                count.copy_(first)
             self.loaded = values
         return self.net
 
     def batch(self, x: Tensor, index: Tensor | slice) -> Tensor:
         """Return samples `index` of `x` as the network takes them: floating-point, images channels-last."""
+        view = isinstance(index, slice)  # a network's first layer may work in place: it must not get the data itself
         if x.dim() == 4:
-            out = x.permute(0, 2, 3, 1)[index].to(self.dtype)
+            out = x.permute(0, 2, 3, 1)[index].to(self.dtype, copy=view)
             out = out.permute(0, 3, 1, 2)
         else:
-            out = x[index].to(self.dtype)
+            out = x[index].to(self.dtype, copy=view)
         # uint8 0..255 to [-1, 1]: torchvision's ToTensor and Normalize(0.5, 0.5), as in PFLlib.
         return out.mul_(1 / 127.5).sub_(1) if x.dtype == torch.uint8 else out
 
@@ -161,6 +166,8 @@ class Local:
             self.loss_sum += float(total)
             self.loss_samples += samples
         done = params.read(net)
+        if not all(bool(t.isfinite().all()) for t in done.values()):
+            raise Diverged(f"client {self._key[1]}: the parameters ({purpose}) are not finite; lower lr")
         return done if only is None else {name: done[name] if only(name) else start[name] for name in done}
 
     def batches(self, *, batch_size: int | None = None, purpose: str = "read") -> Iterator[tuple[Tensor, Tensor]]:

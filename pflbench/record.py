@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
 from pflbench import params
 from pflbench.errors import RunError, UsageError
 from pflbench.params import Params, State
@@ -102,6 +104,11 @@ class Record:
             out |= params.flatten(state, f"client/{client}")
         return out
 
+    def parts(self) -> list[str]:
+        """Return the parts of the final states, also those without tensors: `server/part`, `client/3/part`."""
+        clients = [f"client/{client}/{part}" for client, state in sorted(self.client_states.items()) for part in state]
+        return [*(f"server/{part}" for part in self.server), *clients]
+
     def metrics_fingerprint(self) -> str:
         """Return the SHA-256 of all metrics but the seconds."""
         rounds = [{k: v for k, v in r.items() if k != "seconds"} for r in self.rounds]
@@ -145,19 +152,22 @@ class Record:
 
     def load_states(self) -> None:
         """Read `server` and `client_states` from the record's folder."""
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
         if self.path is None:
             raise UsageError("the record was not written to disk, so there is nothing to read")
         self.server, self.client_states = {}, {}
-        for key, tensor in load_file(self.path / _STATE).items():
-            head, rest = key.split("/", 1)
-            state = self.server
-            if head == "client":
-                client, rest = rest.split("/", 1)
-                state = self.client_states.setdefault(int(client), {})
-            part, name = rest.split("/", 1)
-            state.setdefault(part, {})[name] = tensor
+        with safe_open(self.path / _STATE, "pt") as file:
+            for key in (*json.loads(file.metadata()["parts"]), *file.keys()):
+                head, rest = key.split("/", 1)
+                state = self.server
+                if head == "client":
+                    client, rest = rest.split("/", 1)
+                    state = self.client_states.setdefault(int(client), {})
+                part, _, name = rest.partition("/")
+                tensors = state.setdefault(part, {})
+                if name:
+                    tensors[name] = file.get_tensor(key)
 
 
 class Writer:
@@ -199,7 +209,9 @@ class Writer:
         from safetensors.torch import save_file
 
         (self._partial / _STATE.parent).mkdir()
-        save_file({name: t.contiguous() for name, t in self._record.states().items()}, self._partial / _STATE)
+        # Clients that never took part share the initial tensors, which safetensors refuses: each gets its own.
+        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in self._record.states().items()}
+        save_file(tensors, self._partial / _STATE, metadata={"parts": json.dumps(self._record.parts())})
         (self._partial / "rounds.jsonl").touch()
         schema = pa.schema(
             {

@@ -72,6 +72,10 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         options.check(self)
+        for name in options.fields(type(self)):
+            value = getattr(self, name)
+            if options.kind(type(self), name)[0] is float and value is not None:
+                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one run
         if self.joining < 1:
             raise UsageError(
                 f"join_ratio: {self.join_ratio} of {self.clients} clients leaves no client; "

@@ -116,7 +116,7 @@ LINES = {
     "precision": (RUN + "--precision bf16", "'bf16'", "fp32"),
     "norm": (RUN + "--model resnet18 --norm layer", "norm 'layer'", "choose from: batch, group"),
     "norm-without-layers": (RUN + "--model cnn --norm batch", "norm: the model 'cnn'", "leave it out"),
-    "executor": (RUN + "--executor proceses", "'proceses'", "choose from: processes, serial"),
+    "executor": (RUN + "--executor proceses", "'proceses'", "did you mean 'processes'?"),
     "executor-empty": (RUN + "--executor ''", "''", "choose from: processes, serial"),
     "workers-zero": (RUN + "--workers 0", "workers: 0", "must be >= 1"),
     "workers-negative": (RUN + "--workers -2", "workers: -2", "must be >= 1"),

@@ -1,0 +1,265 @@
+"""What every registered method keeps to, whoever wrote it."""
+
+import dataclasses
+import importlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import pflbench
+from pflbench import options, registry
+
+METHODS = sorted(registry.algorithms())
+CASES = [(name, {}) for name in METHODS] + [
+    ("fedas", {"alignment": "in-place"}),
+    ("fedas", {"alignment": "off", "weighting": "samples"}),
+]
+SIZES = (24, 18, 40, 6)
+
+
+def _case_id(value):
+    return value if isinstance(value, str) else "-".join(map(str, value.values())) or "default"
+
+
+cases = pytest.mark.parametrize(("algo", "hyper"), CASES, ids=_case_id)
+
+
+def _clone(value):
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, pflbench.Message):
+        return pflbench.Message(_clone(value.tensors), value.weight)
+    if isinstance(value, dict):
+        return {k: _clone(v) for k, v in value.items()}
+    return [_clone(v) for v in value]
+
+
+def _equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, pflbench.Message):
+        return a.weight == b.weight and _equal(a.tensors, b.tensors)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(_equal, a, b))
+
+
+class Watched:
+    """A method whose every input and output is compared with what it was, at the end."""
+
+    def __init__(self, method):
+        self.method = method
+        self.seen = []
+        self.messages = []
+
+    def __getattr__(self, name):
+        value = getattr(self.method, name)
+        if name not in {
+            "init_server",
+            "init_client",
+            "broadcast",
+            "local_update",
+            "aggregate",
+            "relay",
+            "personalised",
+        }:
+            return value
+
+        def call(*args):
+            values = [a for a in args if isinstance(a, dict | list | pflbench.Message)]
+            self.seen += [(f"input of {name}", v, _clone(v)) for v in values]
+            out = value(*args)
+            outs = list(out) if isinstance(out, tuple) else [out]
+            self.seen += [(f"output of {name}", v, _clone(v)) for v in outs]
+            self.messages += [v for v in outs if isinstance(v, pflbench.Message)]
+            return out
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def drive(toy):
+    """What `_drive` returns, once for each case."""
+    done = {}
+
+    def get(algo, hyper):
+        key = (algo, *hyper.items())
+        if key not in done:
+            done[key] = _drive(toy, algo, hyper)
+        return done[key]
+
+    return get
+
+
+def _drive(toy, algo, hyper, rounds=2):
+    """Run the method by hand on three clients that share one toolbox network, as clients in one worker do."""
+    method = Watched(registry.algorithm(algo)(**hyper))
+    data = toy.arrays((6, 4, 5))
+    net = toy.net()
+    bench = toy.local(*data[0][:2], net=net)._bench
+
+    def local(i, r):
+        made = toy.local(*data[i][:2], net=net, round=r, client=i)
+        made._bench = bench
+        return made
+
+    server = method.init_server(toy.initial())
+    states = {i: method.init_client(toy.initial()) for i in range(3)}
+    for r in range(1, rounds + 1):
+        ups, now = [], server
+        for i in (0, 1):
+            up, states[i] = method.local_update(local(i, r), method.broadcast(now, i), states[i])
+            ups.append(up)
+            if method.sequential:
+                now = method.relay(now, up)
+        server = method.aggregate(server, ups)
+        for i in range(3):
+            method.personalised(local(i, r), method.broadcast(server, i), states[i])
+    return method
+
+
+@cases
+def test_nothing_that_goes_in_or_came_out_is_ever_changed(drive, algo, hyper):
+    changed = [what for what, value, copy in drive(algo, hyper).seen if not _equal(value, copy)]
+    assert changed == []
+
+
+@cases
+def test_personal_parameters_are_in_no_message(drive, toy, algo, hyper):
+    method = drive(algo, hyper)
+    names = {name for message in method.messages for part in message.tensors.values() for name in part}
+    assert method.messages
+    assert {n for n in names if method.is_personal(n)} == set()
+    assert names == {n for n in toy.initial() if not method.is_personal(n)}
+
+
+@cases
+def test_a_methods_instance_keeps_its_hyperparameters_and_nothing_else(drive, algo, hyper):
+    method = drive(algo, hyper).method
+    assert vars(method) == {"h": method.h}
+    assert method.h == registry.algorithm(algo)(**hyper).h
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.h.anything = 1
+
+
+@cases
+def test_instances_pickle(algo, hyper):
+    method = registry.algorithm(algo)(**hyper)
+    copy = pickle.loads(pickle.dumps(method))
+    assert type(copy) is type(method)
+    assert copy.h == method.h
+
+
+@cases
+def test_who_does_not_take_part_keeps_its_state_bit_for_bit(toy, algo, hyper):
+    settings = {"join_ratio": 0.25, "rounds": 2, "sampling_seed": 1}
+    record = toy.run(algo, hyper, federation=toy.federation(SIZES), **settings)
+    took_part = {c for row in record.rounds for c in row["participants"]}
+    untouched = set(range(4)) - took_part
+    assert untouched
+    initial = registry.algorithm(algo)(**hyper).init_client(toy.initial())
+    for client in untouched:
+        assert _equal(record.client_states[client], initial)
+
+
+def test_the_toolbox_starts_from_what_it_is_given_every_time(toy):
+    x, y, _, _ = toy.arrays()[0]
+    start = toy.initial()
+    local = toy.local(x, y)
+    first = local.sgd(start)
+    assert toy.same(local.sgd(start), first)  # the network has moved on, `start` has not
+    assert torch.equal(local.features(start), toy.local(x, y).features(start))
+    assert toy.same(local.grad(start, x, y), toy.local(x, y).grad(start, x, y))
+    assert toy.same(local.sgd(first), toy.local(x, y).sgd(first))
+    assert toy.same(start, toy.initial())
+
+
+BODY, HEAD = 8 * (9 + 3), 8 * (9 + 3)  # bytes of the toy network's two parts
+BYTES = {  # per participant: up, down
+    "local": (0, 0),
+    "fedavg": (BODY + HEAD, BODY + HEAD),
+    "fedavg-ft": (BODY + HEAD, BODY + HEAD),
+    "fedper": (BODY, BODY),
+    "fedrep": (BODY, BODY),
+    "fedas": (BODY, BODY),
+    "fedas in-place": (2 * BODY, BODY),
+}
+
+
+def test_bytes_sent_are_the_models_or_the_bodys_for_each_participant(toy, tmp_path):
+    federation = toy.federation(SIZES)
+    for case, (up, down) in BYTES.items():
+        algo, _, alignment = case.partition(" ")
+        hyper = {"alignment": alignment} if alignment else {}
+        spec = toy.spec(algo, hyper, clients=4, join_ratio=0.75)
+        record = pflbench.run(spec, federation, toy.net(), executor="serial", out=tmp_path)
+        rows = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
+        assert [(r["bytes_up"], r["bytes_down"]) for r in rows] == [(3 * up, 3 * down)] * 2, case
+        assert (record.summary["bytes_up"], record.summary["bytes_down"]) == (6 * up, 6 * down), case
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_the_docstring_says_paper_personal_and_evaluated(algo):
+    text = importlib.import_module(registry.algorithm(algo).__module__).__doc__
+    starts = {line.split(":")[0] for line in text.splitlines() if ":" in line}
+    assert {"Paper", "Personal", "Evaluated"} <= starts
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_the_file_is_named_like_the_method(algo):
+    cls = registry.algorithm(algo)
+    assert cls.name == algo
+    module = importlib.import_module(cls.__module__)
+    if cls.__module__.startswith("pflbench."):
+        assert Path(module.__file__).stem == algo.replace("-", "_")
+
+
+def _others(cls):
+    """Each hyperparameter with another valid value."""
+    for name, field in options.fields(cls.Hyper).items():
+        if field.metadata["choices"]:
+            yield from ((name, c) for c in field.metadata["choices"] if c != field.default)
+        elif isinstance(field.default, bool):
+            yield name, not field.default
+        elif isinstance(field.default, int):
+            yield name, field.default + 1
+        else:
+            yield name, field.default * 0.5
+
+
+CHANGES = [(algo, name, value) for algo in METHODS for name, value in _others(registry.algorithm(algo))]
+
+
+@pytest.mark.parametrize(("algo", "name", "value"), CHANGES)
+def test_every_hyperparameter_changes_the_result(toy, algo, name, value):
+    federation = toy.federation((24, 40))
+    default, other = (toy.run(algo, h, federation=federation) for h in ({}, {name: value}))
+    prints = ("metrics", "states")
+    assert [default.fingerprints[p] for p in prints] != [other.fingerprints[p] for p in prints]
+    # Not by the bytes alone.
+    assert [r["test_loss"] for r in default.rounds] != [r["test_loss"] for r in other.rounds]
+
+
+PROTOCOL = [
+    ("rounds", 3), ("local_epochs", 3), ("batch_size", 4), ("lr", 0.05), ("momentum", 0.5), ("weight_decay", 0.1),
+    ("lr_decay", 0.5), ("shuffle", True), ("drop_last", True), ("join_ratio", 0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_every_setting_of_the_protocol_changes_the_result(toy, algo):
+    default = toy.run(algo).fingerprints["states"]
+    same = [name for name, value in PROTOCOL if toy.run(algo, **{name: value}).fingerprints["states"] == default]
+    assert same == []
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_the_order_seed_changes_shuffled_runs_alone(toy, algo):
+    def states(**settings):
+        return toy.run(algo, **settings).fingerprints["states"]
+
+    assert states(shuffle=True, order_seed=1) != states(shuffle=True, order_seed=2)
+    assert states(shuffle=False, order_seed=1) == states(shuffle=False, order_seed=2)

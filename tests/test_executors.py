@@ -1,0 +1,369 @@
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pflbench
+from pflbench import Diverged, RunError, params, registry
+from pflbench.algorithms.fedavg import FedAvg
+from pflbench.executors import Processes, Serial, Task, Work
+
+METHODS = sorted(registry.algorithms())
+SIZES = (30, 4, 11, 7)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def _prints(record):
+    return record.fingerprints["metrics"], record.fingerprints["states"]
+
+
+def _children(pid):
+    return {int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()}
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _eventually(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("algo", [*METHODS, "fedas in-place"])
+def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(toy, algo):
+    algo, _, alignment = algo.partition(" ")
+    hyper = {"alignment": alignment} if alignment else {}
+
+    def run(executor, workers=None):
+        settings = {"join_ratio": 0.5, "shuffle": True, "rounds": 3, "batch_size": 4}
+        return _prints(
+            toy.run(algo, hyper, federation=toy.federation(SIZES), executor=executor, workers=workers, **settings)
+        )
+
+    expected = run("serial")
+    assert run("serial") == expected
+    assert [run("processes", workers) for workers in (1, 2, 3, 3)] == [expected] * 4
+
+
+def test_a_network_that_draws_random_numbers_draws_the_same_everywhere(toy):
+    net = toy.net()
+    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    kw = {"federation": toy.federation(SIZES), "net": net, "shuffle": True}
+    serial = toy.run("fedavg", **kw)
+    torch.rand(7)
+    assert _prints(toy.run("fedavg", **kw)) == _prints(serial)
+    assert _prints(toy.run("fedavg", executor="processes", workers=3, **kw)) == _prints(serial)
+    assert not toy.same(toy.run("fedavg", **{**kw, "seed": 1}).server["model"], serial.server["model"])
+
+
+def test_a_networks_integer_buffers_do_not_carry_over_from_client_to_client(toy):
+    # With momentum=None, BatchNorm's running mean depends on an integer: how many batches it has seen.
+    net = toy.net()
+    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3, momentum=None), nn.Tanh()), net.head).double()
+    kw = {"federation": toy.federation((12, 6, 9)), "net": net, "batch_size": 3}
+    serial = toy.run("fedavg", **kw)
+    assert _prints(toy.run("fedavg", executor="processes", workers=3, **kw)) == _prints(serial)
+
+
+def test_the_random_state_and_the_threads_of_the_caller_stay_as_they_were(toy):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    for executor in ("serial", "processes"):
+        toy.run("fedavg", executor=executor, workers=2, shuffle=True)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+class Late(Work):
+    """Takes a random time for each task, so that they end in any order."""
+
+    def __call__(self, task):
+        time.sleep(random.random() * 0.05)
+        return super().__call__(task)
+
+    def private(self):
+        return Late(self.spec, self.algorithm, self.federation, super().private().bench.net)
+
+
+def _tasks(toy, work, *, test=False, clients=range(4)):
+    server, state = work.algorithm.init_server(toy.initial()), work.algorithm.init_client(toy.initial())
+    return [Task(test, 1, c, work.algorithm.broadcast(server, c), state) for c in clients]
+
+
+def _work(toy, kind=Work, algo="fedas", sizes=SIZES):
+    spec = toy.spec(algo, clients=len(sizes), shuffle=True)
+    return kind(spec, registry.algorithm(algo)(), toy.federation(sizes), toy.net())
+
+
+def _flat(trained):
+    return [(t.up.weight, params.fingerprint(t.up["model"]), params.fingerprint(t.state["model"])) for t in trained]
+
+
+def test_results_come_in_the_order_of_the_tasks_whoever_is_ready_first(toy):
+    work = _work(toy, Late)
+    clients = [2, 0, 3, 1, 0, 2, 1, 3]
+    with Serial(_work(toy), 1) as one, Processes(work, 3) as many:
+        expected = one.map(_tasks(toy, work, clients=clients))
+        for _ in range(3):
+            assert _flat(many.map(_tasks(toy, work, clients=clients))) == _flat(expected)
+        scores = many.map(_tasks(toy, work, test=True, clients=clients))
+        assert [s.client for s in scores] == clients
+        assert scores == one.map(_tasks(toy, work, test=True, clients=clients))
+
+
+def test_more_workers_than_tasks_and_no_tasks_are_fine(toy):
+    work = _work(toy)
+    with Processes(work, 3) as pool:
+        assert pool.map([]) == []
+        assert len(pool.map(_tasks(toy, work, clients=[1]))) == 1
+
+
+def test_messages_larger_than_a_pipes_buffer_pass_both_ways(toy):
+    wide = pflbench.Net(nn.Sequential(nn.Linear(3, 50_000), nn.Tanh()), nn.Linear(50_000, 3))
+    kw = {"net": wide, "rounds": 1, "local_epochs": 1, "batch_size": 50, "lr": 1e-4}
+    serial = toy.run("fedavg", **kw)
+    assert _prints(toy.run("fedavg", executor="processes", workers=2, **kw)) == _prints(serial)
+
+
+# Faults.
+
+
+@pytest.fixture
+def faulty(methods):
+    """A method whose client 1 does in round 2 what `Faulty.fault` says."""
+
+    @registry.register("faulty")
+    class Faulty(FedAvg):
+        fault = None
+
+        def local_update(self, local, down, state):
+            if local._key == (2, 1):
+                out = type(self).fault()
+                if out is not None:
+                    return out
+            return super().local_update(local, down, state)
+
+    return Faulty
+
+
+def _kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit():
+    os._exit(7)
+
+
+@linux
+@pytest.mark.parametrize(("fault", "how"), [(_kill_self, "signal 9"), (_exit, "exit code 7")])
+def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(toy, faulty, fault, how):
+    faulty.fault = fault
+    before = _children(os.getpid())
+    with pytest.raises(RunError, match=rf"died \({how}\) in round 2, client 1") as error:
+        toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=3)
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
+    assert _children(os.getpid()) <= before
+
+
+@linux
+def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, faulty, tmp_path):
+    victim = tmp_path / "pid"
+
+    def work():
+        victim.write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def kill():
+        if _eventually(lambda: victim.exists() and victim.read_text()):
+            os.kill(int(victim.read_text()), signal.SIGKILL)
+
+    faulty.fault = work
+    killer = threading.Thread(target=kill)
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"signal 9\) in round 2, client 1"):
+        toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=2)
+    assert time.monotonic() - began < 30
+    killer.join()
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_are_gone_after_a_run_that_ended_well(toy):
+    toy.run("fedavg", executor="processes", workers=2)
+    assert multiprocessing.active_children() == []
+
+
+def _raise_key_error():
+    raise KeyError("no such prototype")
+
+
+def test_an_error_in_a_methods_code_arrives_with_the_workers_traceback(toy, faulty):
+    faulty.fault = _raise_key_error
+    with pytest.raises(KeyError, match="no such prototype") as error:
+        toy.run("faulty", executor="processes", workers=2)
+    (note,) = error.value.__notes__
+    assert "round 2, client 1" in note
+    assert "_raise_key_error" in note
+    assert multiprocessing.active_children() == []
+
+
+class _OddError(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} {b}")
+
+
+def _raise_odd():
+    raise _OddError("cannot", "travel")
+
+
+def test_an_error_that_cannot_be_sent_arrives_as_its_text(toy, faulty):
+    # It pickles, but cannot be read back: its constructor takes two arguments.
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(_OddError("cannot", "travel")))
+    faulty.fault = _raise_odd
+    with pytest.raises(Exception, match="cannot travel") as error:
+        toy.run("faulty", executor="processes", workers=2)
+    assert any("_raise_odd" in note for note in error.value.__notes__)
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_that_says_so(toy, faulty):
+    faulty.fault = lambda: (pflbench.Message({"model": toy.initial()}), {"model": {}, "extra": lambda: None})
+    with pytest.raises(Exception, match=r"[Pp]ickle") as error:
+        toy.run("faulty", executor="processes", workers=2)
+    assert "died" not in str(error.value)
+
+
+def test_a_result_with_a_gradient_attached_is_the_same_in_serial_and_in_processes(toy, faulty):
+    def attached():
+        model = {k: t.clone().requires_grad_(True) for k, t in toy.initial().items()}
+        return pflbench.Message({"model": model}, weight=1.0), {"model": {}}
+
+    faulty.fault = attached
+    serial = toy.run("faulty")
+    assert _prints(toy.run("faulty", executor="processes", workers=2)) == _prints(serial)
+
+
+def _diverge():
+    raise Diverged("client 1: it is too much")
+
+
+def test_divergence_in_a_worker_ends_the_run_as_diverged(toy, faulty):
+    faulty.fault = _diverge
+    record = toy.run("faulty", executor="processes", workers=2)
+    assert (record.status, record.reason) == ("diverged", "round 2: client 1: it is too much")
+    assert len(record.rounds) == 1
+
+
+def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first(toy):
+    arrays = toy.arrays((4, 9, 30))  # the largest is computed first
+    arrays = [(x * torch.nan, *rest) for x, *rest in arrays]
+    federation = pflbench.Federation.from_arrays(arrays, classes=3)
+    serial = toy.run("fedavg", federation=federation)
+    assert "client 0" in serial.reason
+    for workers in (1, 3):
+        record = toy.run("fedavg", federation=federation, executor="processes", workers=workers)
+        assert (record.status, record.reason) == (serial.status, serial.reason)
+
+
+@linux
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, time
+            import torch
+            import pflbench
+            from pflbench.algorithms.fedavg import FedAvg
+
+            @pflbench.register("sleeper")
+            class Sleeper(FedAvg):
+                def local_update(self, local, down, state):
+                    os.write(1, b"working\\n")
+                    time.sleep(120)
+
+            x, y = torch.randn(6, 3), torch.arange(6) % 2
+            net = pflbench.Net(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+            federation = pflbench.Federation.from_arrays([(x, y, x, y)] * 3)
+            pflbench.run(pflbench.RunSpec(algo="sleeper", join_ratio=1.0), federation, net, workers=3)
+            """
+        )
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    children = set()
+    try:
+        for _ in range(3):
+            assert parent.stdout.readline() == "working\n"
+        children = _children(parent.pid)
+        assert len(children) == 3
+        assert all(map(_alive, children))
+        parent.kill()
+        parent.wait()
+        assert _eventually(lambda: not any(map(_alive, children)), seconds=10)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        for child in filter(_alive, children):
+            os.kill(child, signal.SIGKILL)
+
+
+@linux
+def test_the_data_is_shared_with_the_workers_and_not_copied():
+    per_client, clients = 16_000, 3
+    data = torch.arange(per_client * 4096, dtype=torch.int64).to(torch.uint8).reshape(per_client, 1, 64, 64)
+    y = torch.arange(per_client) % 2
+    arrays = [(data + i, y, data[:64], y[:64]) for i in range(clients)]
+    federation = pflbench.Federation.from_arrays(arrays)
+    megabytes = sum(c.train.x.nbytes for c in federation.clients) / 2**20
+    assert megabytes > 180
+    net = pflbench.Net(nn.Sequential(nn.Flatten(), nn.Linear(4096, 2)), nn.Linear(2, 2))
+    used = []
+
+    def measure(row):
+        for child in multiprocessing.active_children():
+            lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+            used.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
+
+    spec = pflbench.RunSpec(algo="fedper", join_ratio=1.0, rounds=2, local_epochs=1, batch_size=500, lr=1e-4)
+    pflbench.run(spec, federation, net, workers=3, on_round=measure)
+    assert len(used) == 2 * 3
+    assert max(used) < 0.5 * megabytes
+
+
+@dataclass(frozen=True)
+class _Case:
+    executor: str
+    workers: object
+    message: str
+
+
+@pytest.mark.parametrize(
+    "case", [_Case("threads", None, "choose from"), _Case("processes", 0, ">= 1"), _Case("serial", -1, ">= 1")]
+)
+def test_an_unknown_executor_or_too_few_workers_are_refused(toy, case):
+    with pytest.raises(pflbench.UsageError, match=case.message):
+        toy.run("fedavg", executor=case.executor, workers=case.workers)
