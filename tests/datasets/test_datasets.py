@@ -16,11 +16,12 @@ def test_list_names_every_source_in_order():
     assert all("\n" not in line for line in datasets.DATASETS.values())
 
 
-def test_importing_the_package_loads_no_heavy_module():
+def test_importing_the_package_loads_no_heavy_module(tmp_path):
     code = (
         "import sys, pflbench.datasets; print(*{'torch', 'torchvision', 'numpy', 'matplotlib', 'PIL'} & {*sys.modules})"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_default_data_dir(monkeypatch):

@@ -52,5 +52,5 @@ def test_no_torch_and_no_pyplot(tmp_path):
         "draw(np.eye(3, dtype=int), 'abc', 't', [pathlib.Path(sys.argv[1])]);"
         "print(*{'torch', 'matplotlib.pyplot'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.png")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "p.png"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "\n", done.stderr
