@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ _DATA_SETTINGS = (
     "dataset", "split", "partition", "alpha", "classes_per_client", "balanced", "min_samples", "clients", "seed",
     "partition_seed",
 )  # fmt: skip
-_OWN = ("executor", "workers", "out", "data_dir")  # settings of `run` that results cannot depend on
+_OWN = ("executor", "workers", "out", "data_dir", "checkpoint_every")  # settings of `run` that results cannot depend on
 
 
 class _Group(click.Group):
@@ -79,6 +80,8 @@ def cli() -> None:
 @click.option("--out", metavar="FOLDER", help="where records are written  [default: runs]")
 @_data_option
 @click.option("--force", is_flag=True, help="run anew even if the record exists")
+@click.option("--resume", is_flag=True, help="go on with an interrupted run, from its newest good checkpoint")
+@click.option("--checkpoint-every", metavar="INT", help="rounds between checkpoints  [default: 1]")
 @click.option("--dry-run", is_flag=True, help="print the resolved settings and the run's id, and stop")
 @click.option("--quiet", is_flag=True, help="no progress, no table")
 @_json_option
@@ -86,6 +89,7 @@ def run(
     hyperparameters: tuple[str, ...],
     config: str | None,
     force: bool,
+    resume: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -102,11 +106,12 @@ def run(
     data_dir = _folder("data_dir", own.get("data_dir"))
     executor = str(own.get("executor", "processes"))
     workers = None if own.get("workers") is None else _integer("workers", own["workers"])
+    checkpoint_every = _integer("checkpoint_every", own.get("checkpoint_every", 1))
     out = _folder("out", own.get("out")) or Path("runs")
     if dry_run:
         from pflbench.engine import check_execution, resolve
 
-        check_execution(executor, workers)
+        check_execution(executor, workers, checkpoint_every)
         spec = resolve(spec, data_dir=data_dir, notice=_notice, download=False)
         click.echo(json.dumps({"id": spec.id, "spec": spec.to_dict()}, indent=None if as_json else 2))
         return
@@ -120,6 +125,8 @@ def run(
             workers=workers,
             out=out,
             force=force,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
             data_dir=data_dir,
             notice=_notice,
             on_start=progress.start,
@@ -270,8 +277,17 @@ def _end(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+class _Terminated(BaseException):
+    """SIGTERM, as an exception: what is open gets closed, and workers are ended."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def main() -> None:
     """Run the command line; every error that is not a fault of ours is one line, with exit code 2 for bad input."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = cli.main(prog_name="pflbench", standalone_mode=False)
     except PflbenchError as error:
@@ -282,7 +298,9 @@ def main() -> None:
     except click.ClickException as error:
         _end(" ".join(error.format_message().split()), 2)
     except (KeyboardInterrupt, click.Abort):
-        _end("interrupted", 130)
+        _end("interrupted; a run goes on with --resume", 130)
+    except _Terminated:
+        _end("terminated; a run goes on with --resume", 143)
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pflbench import evaluate, params, registry
 from pflbench.algorithm import Algorithm, State
+from pflbench.checkpoint import ClientStates
 from pflbench.errors import Diverged, UsageError, unknown
 from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, cores
 from pflbench.federation import Federation
@@ -30,6 +31,8 @@ def run(
     workers: int | None = None,
     out: Path | str | None = None,
     force: bool = False,
+    resume: bool = False,
+    checkpoint_every: int = 1,
     data_dir: Path | str | None = None,
     notice: Callable[[str], None] = lambda _: None,
     on_start: Callable[[RunSpec], None] = lambda _: None,
@@ -40,12 +43,14 @@ def run(
     `federation` takes the place of the spec's dataset and partition. `model`, a network with `body` and `head`, takes
     the place of the spec's, and its parameters are the initial ones; it is not changed.
     With `out` the record is written to `out/<id>`, and a record that is already there is returned instead (`force`
-    runs anew). `notice` gets remarks for the user, `on_start` the resolved spec, `on_round` each line of rounds.jsonl.
+    runs anew). A checkpoint is written every `checkpoint_every` rounds; `resume` goes on from the newest that an
+    interrupted run left.
+    `notice` gets remarks for the user, `on_start` the resolved spec, `on_round` each line of rounds.jsonl.
 
     Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
     process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
     """
-    check_execution(executor, workers)
+    check_execution(executor, workers, checkpoint_every)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_out(folder)
@@ -67,53 +72,65 @@ def run(
         "initial": params.fingerprint(initial),
         "algorithm": source_fingerprint(algorithm),
     }
-    work = Work(spec, algorithm, federation, net)
+    first = algorithm.init_client(initial)
+    record.server = algorithm.init_server(initial)
     if folder is None:
-        with EXECUTORS[executor](work, workers) as pool:
+        record.client_states = ClientStates(spec.clients, first, {}, None)
+        with EXECUTORS[executor](Work(spec, algorithm, federation, net), workers) as pool:
             on_start(spec)
-            _train(record, algorithm, initial, pool, on_round)
+            _train(record, algorithm, pool, lambda row, _: on_round(row))
         return record
-    writer = Writer(folder, record)
+    writer = Writer(folder, record, checkpoint_every)
     with writer.locked():
-        if not force and (folder / spec.id).exists():  # another process finished it meanwhile
+        # Another process may have finished it meanwhile, or one may have been killed when all was written.
+        if not force and ((folder / spec.id).exists() or writer.publish_complete()):
             return Record.load(folder / spec.id)
-        with EXECUTORS[executor](work, workers) as pool:
-            writer.start()
+        kept = writer.start(first, resume=resume, notice=notice)
+        record.client_states = ClientStates(spec.clients, first, kept, writer.states)
+        with EXECUTORS[executor](Work(spec, algorithm, federation, net, writer.states), workers) as pool:
             on_start(spec)
 
-            def each(row: dict[str, Any]) -> None:
-                writer.add_round(row)
+            def each(row: dict[str, Any], tested: list[dict[str, Any]]) -> None:
+                writer.add_round(row, tested)
                 on_round(row)
 
-            _train(record, algorithm, initial, pool, each)
+            _train(record, algorithm, pool, each)
         writer.finish()
     return record
 
 
-def _train(record: Record, algorithm: Algorithm, initial: params.Params, pool: Executor, on_round: OnRound) -> None:
-    """Run all rounds into `record`."""
-    spec = record.spec
-    record.server = algorithm.init_server(initial)
-    record.client_states = {client: algorithm.init_client(initial) for client in range(spec.clients)}
+def _train(
+    record: Record,
+    algorithm: Algorithm,
+    pool: Executor,
+    each: Callable[[dict[str, Any], list[dict[str, Any]]], None],
+) -> None:
+    """Run the rounds that are missing into `record`; `each` gets a round's line and those of the tested clients."""
+    number = len(record.rounds)
     try:
-        for number in range(1, spec.rounds + 1):
-            row = _round(record, algorithm, pool, number)
+        while number < record.spec.rounds:
+            number += 1
+            row, tested = _round(record, algorithm, pool, number)
             record.rounds.append(row)
-            on_round(row)
+            record.clients.extend(tested)
+            each(row, tested)
         record.status = "finished"
     except Diverged as error:
         record.status, record.reason = "diverged", f"round {number}: {error}"
-    record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": params.fingerprint(record.states())}
+    record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
 
 
-def _round(record: Record, algorithm: Algorithm, pool: Executor, number: int) -> dict[str, Any]:
-    """Run one round; return its line for rounds.jsonl."""
+def _round(
+    record: Record, algorithm: Algorithm, pool: Executor, number: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run one round; return its line for rounds.jsonl and, when it ends with an evaluation, every client's scores."""
     began = time.perf_counter()
     spec, server, states = record.spec, record.server, record.client_states
+    assert isinstance(states, ClientStates)  # noqa: S101
     chosen = participants(spec, number)
 
     def tasks(clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
-        return [Task(test, number, c, algorithm.broadcast(server, c), states[c]) for c in clients]
+        return [Task(test, number, c, algorithm.broadcast(server, c), states.stored(c)) for c in clients]
 
     trained: list[Trained] = []
     sent = 0
@@ -124,8 +141,9 @@ def _round(record: Record, algorithm: Algorithm, pool: Executor, number: int) ->
         if algorithm.sequential:
             server = algorithm.relay(server, trained[-1].up)
     record.server = algorithm.aggregate(server, [t.up for t in trained])
-    states.update({c: t.state for c, t in zip(chosen, trained, strict=True)})
+    states.kept.update({c: t.state for c, t in zip(chosen, trained, strict=True)})
     samples = sum(t.samples for t in trained)
+    scores: list[evaluate.Score] = []
     row = {
         "round": number,
         "participants": chosen,
@@ -135,18 +153,20 @@ def _round(record: Record, algorithm: Algorithm, pool: Executor, number: int) ->
         "steps": sum(t.steps for t in trained),
     }
     if number % spec.eval_every == 0 or number == spec.rounds:
-        scores: list[evaluate.Score] = pool.map(tasks(range(spec.clients), record.server, test=True))
-        record.add_scores(number, scores)
+        scores = pool.map(tasks(range(spec.clients), record.server, test=True))
         row |= evaluate.summary(scores)
-    return {**row, "seconds": round(time.perf_counter() - began, 3)}
+    tested = [{"round": number, **evaluate.accuracies(score)} for score in scores]
+    return {**row, "seconds": round(time.perf_counter() - began, 3)}, tested
 
 
-def check_execution(executor: str, workers: int | None) -> None:
-    """Raise `UsageError` when there is no such executor, or no such number of workers."""
+def check_execution(executor: str, workers: int | None, checkpoint_every: int = 1) -> None:
+    """Raise `UsageError` when there is no such executor, or no such number of workers or of rounds."""
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     if workers is not None and workers < 1:
         raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
+    if checkpoint_every < 1:
+        raise UsageError(f"checkpoint_every: {checkpoint_every} is out of bounds; it must be >= 1")
 
 
 def participants(spec: RunSpec, round: int) -> list[int]:  # noqa: A002

@@ -28,6 +28,12 @@ class Score:
     global_correct: int | None
 
 
+def accuracies(score: Score) -> dict[str, int | float | None]:
+    """Return a client's line for clients.parquet (without the round)."""
+    whole = None if score.global_correct is None else score.global_correct / score.n
+    return {"client": score.client, "n": score.n, "accuracy": score.correct / score.n, "global_accuracy": whole}
+
+
 def test(bench: Bench, model: Params, split: Split) -> tuple[int, float]:
     """Return how many samples of `split` `model` gets right, and the sum of their cross-entropies."""
     net = bench.load(model).eval()

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -25,6 +26,7 @@ import torch
 
 from pflbench import evaluate
 from pflbench.algorithm import Algorithm, Message, State
+from pflbench.checkpoint import Saved, load_state, save_state
 from pflbench.errors import PflbenchError, RunError
 from pflbench.federation import Federation
 from pflbench.local import Bench, Local
@@ -40,7 +42,7 @@ class Task:
     round: int
     client: int
     down: Message
-    state: State
+    state: State | Saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +50,31 @@ class Trained:
     """What training gave: the upload, the client's new state, and the counts for the record."""
 
     up: Message
-    state: State
+    state: State | Saved
     loss_sum: float
     samples: int
     steps: int
 
 
 class Work:
-    """Computes tasks of one run, in whichever process it is."""
+    """Computes tasks of one run, in whichever process it is.
 
-    def __init__(self, spec: RunSpec, algorithm: Algorithm, federation: Federation, net: Net) -> None:
+    With a folder, `states`, clients' states are read and written there by the process that needs them; without, they
+    travel with the tasks and results.
+    """
+
+    def __init__(
+        self, spec: RunSpec, algorithm: Algorithm, federation: Federation, net: Net, states: Path | None = None
+    ) -> None:
         self.spec = spec
         self.algorithm = algorithm
         self.federation = federation
         self.bench = Bench(net)
+        self.states = states
 
     def private(self) -> "Work":
         """Return the same work with a network of its own."""
-        return Work(self.spec, self.algorithm, self.federation, copy.deepcopy(self.bench.net))
+        return Work(self.spec, self.algorithm, self.federation, copy.deepcopy(self.bench.net), self.states)
 
     def size(self, task: Task) -> int:
         """Return a task's number of samples: the longest work is begun first."""
@@ -76,10 +85,16 @@ class Work:
         """Return the `Trained` or the `evaluate.Score` of `task`."""
         data = self.federation.clients[task.client]
         local = Local(self.bench, data.train, self.federation.classes, self.spec, round=task.round, client=task.client)
+        state = task.state
+        if isinstance(state, Saved):
+            assert self.states is not None  # noqa: S101
+            state = load_state(self.states / state.file)
         if not task.test:
-            up, state = self.algorithm.local_update(local, task.down, task.state)
-            return Trained(up, state, local.loss_sum, local.loss_samples, local.steps)
-        own = self.algorithm.personalised(local, task.down, task.state)
+            up, new = self.algorithm.local_update(local, task.down, state)
+            name = f"{task.client:06}-{task.round:06}.safetensors"
+            kept = new if self.states is None else save_state(new, self.states, name)
+            return Trained(up, kept, local.loss_sum, local.loss_samples, local.steps)
+        own = self.algorithm.personalised(local, task.down, state)
         whole = self.algorithm.global_model(task.down)
         if whole is not None and whole.keys() != own.keys():
             whole = None
@@ -209,8 +224,8 @@ class Processes:
 
 def _serve(work: Work, connection: Connection) -> None:
     """Do tasks until the connection closes. The body of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the parent, which ends its workers
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()

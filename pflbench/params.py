@@ -49,11 +49,6 @@ def nbytes(parts: Iterable[Params]) -> int:
     return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
-def flatten(state: State, prefix: str) -> Params:
-    """Return `state` as one level: `prefix/part/name` -> tensor, the form in which it is stored."""
-    return {f"{prefix}/{part}/{name}": t for part, params in state.items() for name, t in params.items()}
-
-
 def fingerprint(params: Params) -> str:
     """Return the SHA-256 of names, types, shapes and bytes of `params`, whatever their order."""
     digest = hashlib.sha256()

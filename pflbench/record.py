@@ -3,10 +3,12 @@
     runs/<id>/run.json          schema, spec, status, summary, fingerprints, versions, machine
     runs/<id>/rounds.jsonl      a line per round
     runs/<id>/clients.parquet   round, client, n, accuracy, ... of every client at every evaluation
-    runs/<id>/checkpoint/       the final state of server and clients
+    runs/<id>/checkpoint/       the final state of server and clients (pflbench/checkpoint.py)
 
 While a run goes on its folder is `runs/<id>.partial`; it gets its name when everything is written. What stands at
-`runs/<id>` is therefore complete. Nothing here is pickled.
+`runs/<id>` is therefore complete. What stands at `runs/<id>.partial` can be resumed: `rounds.jsonl` and
+`clients.jsonl`, which are appended to, and the newest good checkpoint, which says how much of them counts. Nothing here
+is pickled.
 """
 
 import contextlib
@@ -21,23 +23,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
-from pflbench import params
+from pflbench.checkpoint import Checkpoint, ClientStates, Saved, checkpoints, digest, load_state, save_state, writing
 from pflbench.errors import RunError, UsageError
-from pflbench.params import Params, State
+from pflbench.params import State
 from pflbench.spec import RunSpec
 
 if TYPE_CHECKING:
     from pflbench.algorithm import Algorithm
-    from pflbench.evaluate import Score
 
 SCHEMA = 1
-_STATE = Path("checkpoint") / "state.safetensors"
+_LOGS = ("rounds.jsonl", "clients.jsonl")
 
 
 @dataclasses.dataclass
@@ -57,21 +56,13 @@ class Record:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     machine: dict[str, Any] = dataclasses.field(default_factory=dict)
     server: State = dataclasses.field(default_factory=dict, repr=False)
-    client_states: dict[int, State] = dataclasses.field(default_factory=dict, repr=False)
+    client_states: Mapping[int, State] = dataclasses.field(default_factory=dict, repr=False)
     path: Path | None = None
 
     @property
     def id(self) -> str:
         """The name of the run's folder."""
         return self.spec.id
-
-    def add_scores(self, round: int, scores: "list[Score]") -> None:  # noqa: A002
-        """Keep every client's scores of one evaluation."""
-        for s in scores:
-            whole = None if s.global_correct is None else s.global_correct / s.n
-            self.clients.append(
-                {"round": round, "client": s.client, "n": s.n, "accuracy": s.correct / s.n, "global_accuracy": whole}
-            )
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -97,17 +88,10 @@ class Record:
             **costs,
         }
 
-    def states(self) -> Params:
-        """Return the final states of server and clients as one level: `server/part/name`, `client/3/part/name`."""
-        out = params.flatten(self.server, "server")
-        for client, state in sorted(self.client_states.items()):
-            out |= params.flatten(state, f"client/{client}")
-        return out
-
-    def parts(self) -> list[str]:
-        """Return the parts of the final states, also those without tensors: `server/part`, `client/3/part`."""
-        clients = [f"client/{client}/{part}" for client, state in sorted(self.client_states.items()) for part in state]
-        return [*(f"server/{part}" for part in self.server), *clients]
+    def states_fingerprint(self) -> str:
+        """Return the SHA-256 of the final states of the server and of all clients."""
+        assert isinstance(self.client_states, ClientStates)  # noqa: S101
+        return hashlib.sha256(json.dumps([digest(self.server), self.client_states.digests()]).encode()).hexdigest()
 
     def metrics_fingerprint(self) -> str:
         """Return the SHA-256 of all metrics but the seconds."""
@@ -151,32 +135,30 @@ class Record:
         return record
 
     def load_states(self) -> None:
-        """Read `server` and `client_states` from the record's folder."""
-        from safetensors import safe_open
+        """Read the final states from the record's folder, clients' when they are asked for.
 
+        Raises `RunError` for a damaged checkpoint.
+        """
         if self.path is None:
             raise UsageError("the record was not written to disk, so there is nothing to read")
-        self.server, self.client_states = {}, {}
-        with safe_open(self.path / _STATE, "pt") as file:
-            for key in (*json.loads(file.metadata()["parts"]), *file.keys()):
-                head, rest = key.split("/", 1)
-                state = self.server
-                if head == "client":
-                    client, rest = rest.split("/", 1)
-                    state = self.client_states.setdefault(int(client), {})
-                part, _, name = rest.partition("/")
-                tensors = state.setdefault(part, {})
-                if name:
-                    tensors[name] = file.get_tensor(key)
+        folder = self.path / "checkpoint"
+        newest = Checkpoint.read(next(iter(checkpoints(folder)), folder))
+        self.server = load_state(folder / newest.server.file)
+        initial = load_state(folder / newest.initial.file)
+        self.client_states = ClientStates(self.spec.clients, initial, dict(newest.clients), folder)
 
 
 class Writer:
-    """Writes one run's folder, round by round; used as a context manager that holds the run's lock."""
+    """Writes one run's folder: its logs round by round, checkpoints, and in the end the rest."""
 
-    def __init__(self, out: Path, record: Record) -> None:
+    def __init__(self, out: Path, record: Record, every: int) -> None:
         self._record = record
+        self._every = every
         self._final = out / record.id
         self._partial = out / f"{record.id}.partial"
+        self.states = self._partial / "checkpoint"
+        self._logs = {name: (0, hashlib.sha256()) for name in _LOGS}
+        self._known: set[str] = set()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -185,34 +167,114 @@ class Writer:
 
         try:
             locks = self._final.parent / ".locks"
-            locks.mkdir(parents=True, exist_ok=True)
+            with writing(locks):
+                locks.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(locks / self._record.id).acquire(timeout=0):
                 yield
         except filelock.Timeout:
             raise RunError(f"run {self._record.id} is being computed by another process; wait for it to end") from None
 
-    def start(self) -> None:
-        """Make the folder of the run in progress, in place of one that an interrupted run left."""
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir()
+    def start(self, initial: State, *, resume: bool, notice: Callable[[str], None]) -> dict[int, State | Saved]:
+        """Make the folder, or with `resume` go on with what an interrupted run left in it.
 
-    def add_round(self, row: dict[str, Any]) -> None:
-        """Append a line to rounds.jsonl."""
-        with (self._partial / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        Fills the record with what was done, and returns the clients' states that differ from `initial`. Raises
+        `RunError` when there are checkpoints but no good one, or when they are of other data or another pflbench.
+        """
+        with writing(self._partial):
+            return self._start(initial, resume=resume, notice=notice)
+
+    def _start(self, initial: State, *, resume: bool, notice: Callable[[str], None]) -> dict[int, State | Saved]:
+        found = checkpoints(self.states)
+        if not (resume and found):
+            if self._partial.exists():
+                shutil.rmtree(self._partial)
+            self.states.mkdir(parents=True)
+            self._initial = save_state(initial, self.states, "initial.safetensors")
+            return {}
+        good = self._newest_good(found, notice)
+        if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
+            raise RunError(f"{self._partial}: {', '.join(changed)} changed since it was written; --force starts anew")
+        for name, (length, _) in good.logs.items():
+            os.truncate(self._partial / name, length)
+            data = (self._partial / name).read_bytes()
+            self._logs[name] = (length, hashlib.sha256(data))
+            lines = [json.loads(line) for line in data.decode().splitlines()]
+            (self._record.rounds if name == "rounds.jsonl" else self._record.clients).extend(lines)
+        for newer in found[: found.index(self.states / f"{good.round:06}.json")]:
+            newer.unlink()
+        self._initial = good.initial
+        self._known = {saved.file for saved in good.files()}
+        self._record.server = load_state(self.states / good.server.file)
+        notice(f"resuming run {self._record.id} after round {good.round}")
+        return dict(good.clients)
+
+    def _newest_good(self, found: list[Path], notice: Callable[[str], None]) -> Checkpoint:
+        for path in found:
+            try:
+                checkpoint = Checkpoint.read(path)
+                checkpoint.verify(self._partial)
+            except RunError as error:
+                notice(f"checkpoint of round {int(path.stem)} cannot be used: {error}")
+            else:
+                return checkpoint
+        raise RunError(f"{self._partial} has no checkpoint that can be used; --force starts anew")
+
+    def add_round(self, row: dict[str, Any], tested: list[dict[str, Any]]) -> None:
+        """Append a round's line, and those of the clients that were tested in it; write a checkpoint when it is due."""
+        with writing(self._partial):
+            self._append("clients.jsonl", tested)
+            self._append("rounds.jsonl", [row])
+            if row["round"] % self._every == 0:
+                named = self._checkpoint(row["round"])
+                self._sweep(self.states, named | self._known)
+                self._known = named
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with (self._partial / name).open("ab") as file:
+            file.write(data)
+        length, sha = self._logs[name]
+        sha.update(data)
+        self._logs[name] = (length + len(data), sha)
+
+    def _basis(self) -> dict[str, str]:
+        """Return what a run must have in common with its checkpoint, besides the spec."""
+        return {**self._record.fingerprints, **self._record.versions}
+
+    def _checkpoint(self, number: int) -> set[str]:
+        """Write a checkpoint; return the names of its files."""
+        record = self._record
+        assert isinstance(record.client_states, ClientStates)  # noqa: S101
+        clients = {client: saved for client, saved in record.client_states.kept.items() if isinstance(saved, Saved)}
+        server = save_state(record.server, self.states, f"server-{number:06}.safetensors")
+        logs = {name: (length, sha.hexdigest()) for name, (length, sha) in self._logs.items()}
+        made = Checkpoint(number, server, self._initial, clients, self._basis(), logs)
+        made.write(self.states)
+        return {saved.file for saved in made.files()}
+
+    @staticmethod
+    def _sweep(states: Path, named: set[str]) -> None:
+        """Delete the states that no checkpoint of the run names any more."""
+        for path in states.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
 
     def finish(self) -> None:
         """Write the rest and give the folder its final name, in place of an older record of the same run."""
+        with writing(self._partial):
+            self._finish()
+
+    def _finish(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
-        from safetensors.torch import save_file
 
-        (self._partial / _STATE.parent).mkdir()
-        # Clients that never took part share the initial tensors, which safetensors refuses: each gets its own.
-        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in self._record.states().items()}
-        save_file(tensors, self._partial / _STATE, metadata={"parts": json.dumps(self._record.parts())})
-        (self._partial / "rounds.jsonl").touch()
+        record = self._record
+        for name in _LOGS:
+            self._append(name, [])
+        named = self._checkpoint(len(record.rounds))
+        for superseded in checkpoints(self.states)[1:]:
+            superseded.unlink()
+        self._sweep(self.states, named)
         schema = pa.schema(
             {
                 "round": pa.int32(),
@@ -222,19 +284,33 @@ class Writer:
                 "global_accuracy": pa.float64(),
             }
         )
-        pq.write_table(pa.Table.from_pylist(self._record.clients, schema=schema), self._partial / "clients.parquet")
-        text = json.dumps(self._record.to_dict(), indent=2)
-        (self._partial / "run.json").write_text(text + "\n", encoding="utf-8")
-        if self._final.exists():
-            old = self._final.with_suffix(".old")
-            if old.exists():
-                shutil.rmtree(old)
-            self._final.rename(old)
-            self._partial.rename(self._final)
+        pq.write_table(pa.Table.from_pylist(record.clients, schema=schema), self._partial / "clients.parquet")
+        text = json.dumps(record.to_dict(), indent=2)
+        (self._partial / "writing").write_text(text + "\n", encoding="utf-8")
+        (self._partial / "writing").rename(self._partial / "run.json")
+        self._publish()
+        assert isinstance(record.client_states, ClientStates)  # noqa: S101
+        record.client_states.folder = self._final / "checkpoint"
+        record.path = self._final
+
+    def publish_complete(self) -> bool:
+        """Give a folder in which everything is written its final name; return whether there was one."""
+        complete = (self._partial / "run.json").exists()
+        if complete:
+            with writing(self._partial):
+                self._publish()
+        return complete
+
+    def _publish(self) -> None:
+        (self._partial / "clients.jsonl").unlink(missing_ok=True)
+        old = self._final.with_suffix(".old")
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            self._partial.rename(self._final)
-        self._record.path = self._final
+        if self._final.exists():
+            self._final.rename(old)
+        self._partial.rename(self._final)
+        if old.exists():
+            shutil.rmtree(old)
 
 
 def check_out(out: Path) -> None:

@@ -263,7 +263,8 @@ def test_the_record_has_every_round_and_every_client(record: Path) -> None:
     assert run["summary"]["last5"]["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in rounds]))
     assert run["summary"]["bytes_up"] == sum(row["bytes_up"] for row in rounds)
     assert {str(p.relative_to(record)) for p in record.rglob("*") if p.is_file()} == {
-        "run.json", "rounds.jsonl", "clients.parquet", "checkpoint/state.safetensors"
+        "run.json", "rounds.jsonl", "clients.parquet", "checkpoint/000002.json", "checkpoint/initial.safetensors",
+        "checkpoint/server-000002.safetensors", *(f"checkpoint/00000{c}-000002.safetensors" for c in range(3)),
     }  # fmt: skip
 
 
@@ -483,8 +484,15 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-@pytest.mark.parametrize("whole_group", [True, False], ids=["ctrl-c", "kill"])
-def test_interrupted(quick: list[str], tmp_path: Path, whole_group: bool) -> None:
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "parent"])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["int", "term"],
+)
+def test_interrupted(
+    quick: list[str], tmp_path: Path, number: signal.Signals, code: int, word: str, whole_group: bool
+) -> None:
     with subprocess.Popen(
         [PFLBENCH, "run", *quick, "--rounds", "100000", "--workers", "2"],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -497,14 +505,14 @@ def test_interrupted(quick: list[str], tmp_path: Path, whole_group: bool) -> Non
                 assert process.poll() is None
             workers = children(process.pid)
             assert len(workers) == 2
-            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+            (os.killpg if whole_group else os.kill)(process.pid, number)
             out, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert out == ""
     lines = [line for line in err.splitlines() if line and not line.startswith("round ")]
-    assert lines == ["Error: interrupted"]
+    assert lines == [f"Error: {word}; a run goes on with --resume"]
     deadline = time.monotonic() + 10
     while any(map(alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,0 +1,178 @@
+"""States in files, and the checkpoints that hold them together.
+
+    checkpoint/000003-000012.safetensors   client 3's state after round 12, written by whoever computed it
+    checkpoint/server-000012.safetensors   the server's state after round 12
+    checkpoint/000012.json                 the checkpoint of round 12: which of these files belong to it
+
+A checkpoint names each of its files with its SHA-256, and has one of its own: what was cut short or changed is found
+out. It is written after everything that it names, and appears by one rename. Clients whose state never changed have no
+file. The two newest checkpoints are kept. Nothing is pickled.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from pflbench.errors import RunError
+from pflbench.params import State
+
+KEEP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A state in a file of the checkpoint folder."""
+
+    file: str
+    sha256: str
+
+
+def digest(state: State) -> str:
+    """Return the SHA-256 of a state: of the file that it would be saved as."""
+    return hashlib.sha256(_encode(state)).hexdigest()
+
+
+def save_state(state: State, folder: Path, file: str) -> Saved:
+    """Write `state` to `folder/file`."""
+    data = _encode(state)
+    with writing(folder):
+        (folder / file).write_bytes(data)
+    return Saved(file, hashlib.sha256(data).hexdigest())
+
+
+def load_state(path: Path) -> State:
+    """Return the state in file `path`; its tensors are mapped from the file, not copied."""
+    state: State = {}
+    with safe_open(path, "pt") as file:
+        for part in json.loads(file.metadata()["parts"]):
+            state[part] = {}
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            part, name = key.split("/", 1)
+            state[part][name] = file.get_tensor(key)
+    return state
+
+
+def _encode(state: State) -> bytes:
+    # Cloned because safetensors refuses tensors that share memory; parts without tensors are kept by name.
+    tensors = {f"{part}/{name}": t.contiguous().clone() for part, ps in state.items() for name, t in ps.items()}
+    return save(tensors, metadata={"parts": json.dumps(list(state))})
+
+
+class ClientStates(Mapping[int, State]):
+    """The states of all clients by number, read from their files when they are asked for.
+
+    `kept` has the states that differ from `initial`; those that are `Saved` lie in `folder`.
+    """
+
+    def __init__(self, clients: int, initial: State, kept: "dict[int, State | Saved]", folder: Path | None) -> None:
+        self.kept = kept
+        self.folder = folder
+        self._clients = clients
+        self._initial = initial
+
+    def __len__(self) -> int:
+        return self._clients
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._clients))
+
+    def stored(self, client: int) -> State | Saved:
+        """Return a client's state as it is kept, without reading a file."""
+        return self.kept.get(client, self._initial)
+
+    def __getitem__(self, client: int) -> State:
+        if client not in range(self._clients):
+            raise KeyError(client)
+        state = self.stored(client)
+        if isinstance(state, Saved):
+            assert self.folder is not None  # noqa: S101
+            return load_state(self.folder / state.file)
+        return state
+
+    def digests(self) -> list[str]:
+        """Return the SHA-256 of every client's state."""
+        untouched = digest(self._initial)
+        changed = {c: s.sha256 if isinstance(s, Saved) else digest(s) for c, s in self.kept.items()}
+        return [changed.get(client, untouched) for client in self]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on after `round`.
+
+    `basis` is what must not have changed when it does: data, method, versions. `logs` has the length and the SHA-256 of
+    each log file up to then.
+    """
+
+    round: int
+    server: Saved
+    initial: Saved
+    clients: dict[int, Saved]
+    basis: dict[str, str]
+    logs: dict[str, tuple[int, str]]
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint, whose files must be there, and drop all but the newest ones."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content})
+        partial = folder / "writing"
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(folder / f"{self.round:06}.json")
+        for old in checkpoints(folder)[KEEP:]:
+            old.unlink()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the checkpoint in file `path`. Raises `RunError` when the file is damaged."""
+        try:
+            outer = json.loads(path.read_text(encoding="utf-8"))
+            if hashlib.sha256(outer["content"].encode()).hexdigest() != outer["sha256"]:
+                raise ValueError
+            found: dict[str, Any] = json.loads(outer["content"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{path} is damaged") from None
+        return cls(
+            found["round"],
+            Saved(**found["server"]),
+            Saved(**found["initial"]),
+            {int(client): Saved(**saved) for client, saved in found["clients"].items()},
+            found["basis"],
+            {name: (length, sha) for name, (length, sha) in found["logs"].items()},
+        )
+
+    def files(self) -> list[Saved]:
+        """Return all its files."""
+        return [self.server, self.initial, *self.clients.values()]
+
+    def verify(self, run: Path) -> None:
+        """Raise `RunError` when one of its files in the run's folder `run` is missing or damaged."""
+        wanted = [(run / "checkpoint" / saved.file, None, saved.sha256) for saved in self.files()]
+        for path, length, sha in wanted + [(run / name, n, sha) for name, (n, sha) in self.logs.items()]:
+            try:
+                found = path.read_bytes()[:length]
+            except OSError:
+                found = b""
+            if hashlib.sha256(found).hexdigest() != sha:
+                raise RunError(f"{path} is missing or damaged")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, the newest first."""
+    return sorted(folder.glob("[0-9]*.json"), reverse=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write below `path`, such as a full disk, into a `RunError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"cannot write {path} ({reason}); what is there is good: mend that, then --resume") from None

@@ -1,0 +1,229 @@
+"""Runs that are killed, and go on."""
+
+import json
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import pflbench
+from pflbench import RunError, registry
+from pflbench.checkpoint import Checkpoint, checkpoints, load_state, save_state
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+METHODS = [*sorted(registry.algorithms()), "fedas in-place"]
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def start(toy, tmp_path):
+    """Run a method on a toy federation, into a folder by name."""
+
+    def run(algo, out, **settings):
+        algo, _, alignment = algo.partition(" ")
+        federation = toy.federation((9, 4, 7, 6, 5))
+        hyper = {"alignment": alignment} if alignment else {}
+        spec = toy.spec(algo, hyper, clients=5, join_ratio=0.4, rounds=8, shuffle=True, eval_every=2)
+        settings = {"executor": "serial", **settings}
+        return pflbench.run(spec, federation, toy.net(), out=tmp_path / out, **settings)
+
+    return run
+
+
+def result(record):
+    """All bytes that must not depend on what happened on the way."""
+    rounds = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
+    states = {p.name: p.read_bytes() for p in (record.path / "checkpoint").glob("*.safetensors")}
+    clients = (record.path / "clients.parquet").read_bytes()
+    return [{**r, "seconds": None} for r in rounds], states, clients, record.fingerprints
+
+
+def interrupt(start, out, **settings):
+    """Leave a run with checkpoints of rounds 4 and 5 behind."""
+
+    def stop(row):
+        if row["round"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start("fedas", out, on_round=stop, **settings)
+
+
+def forked(start, algo, out, **settings):
+    """In a child that was forked from here, where torch's thread pool is not."""
+    torch.set_num_threads(1)
+    start(algo, out, **settings)
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_never_was(start, tmp_path, algo):
+    whole = result(start(algo, "whole"))
+    began = time.monotonic()
+    timed = FORK.Process(target=forked, args=(start, algo, "timed"))
+    timed.start()
+    timed.join(60)
+    assert timed.exitcode == 0
+    seconds = time.monotonic() - began
+    draw = random.Random(algo)
+    kills = 0
+    for _ in range(12):
+        settings = {"resume": True, "checkpoint_every": draw.choice([1, 1, 2, 3])}
+        child = FORK.Process(target=forked, args=(start, algo, "killed"), kwargs=settings)
+        child.start()
+        child.join(draw.uniform(0.0, 1.0) * seconds)
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:  # it was done: begin again
+            shutil.rmtree(tmp_path / "killed")
+    assert kills >= 3
+    assert result(start(algo, "killed", resume=True)) == whole
+
+
+def test_a_run_killed_while_workers_compute_goes_on_with_other_workers(start):
+    whole = result(start("fedas", "whole"))
+    interrupt(start, "killed", executor="processes", workers=2)
+    assert result(start("fedas", "killed", resume=True, executor="processes", workers=3)) == whole
+
+
+def test_what_was_done_is_not_done_again(start):
+    interrupt(start, "out")
+    seen = []
+    start("fedas", "out", resume=True, on_round=lambda row: seen.append(row["round"]))
+    assert seen == [6, 7, 8]
+
+
+def test_without_resume_an_interrupted_run_starts_anew(start):
+    interrupt(start, "out")
+    seen = []
+    start("fedas", "out", on_round=lambda row: seen.append(row["round"]))
+    assert seen == list(range(1, 9))
+
+
+def test_resume_of_nothing_starts_and_of_a_finished_run_shows_it(start):
+    first = start("fedper", "out", resume=True)
+    assert len(first.rounds) == 8
+    assert start("fedper", "out", resume=True, on_round=lambda row: pytest.fail("computed")).rounds == first.rounds
+
+
+def test_two_checkpoints_are_kept_and_no_file_that_neither_names(start, tmp_path):
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    found = checkpoints(folder)
+    assert [p.name for p in found] == ["000005.json", "000004.json"]
+    named = {saved.file for path in found for saved in Checkpoint.read(path).files()}
+    assert {p.name for p in folder.glob("*.safetensors")} == named
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 16
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "gone"])
+@pytest.mark.parametrize("victim", ["000005.json", "server-000005.safetensors", "client"])
+def test_a_damaged_checkpoint_is_found_out_and_the_one_before_is_used(start, tmp_path, damage, victim):
+    whole = result(start("fedas", "whole"))
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    if victim == "client":
+        (victim,) = sorted(p.name for p in folder.glob("0*-000005.safetensors"))[:1]
+    damage(folder / victim)
+    notices = []
+    assert result(start("fedas", "out", resume=True, notice=notices.append)) == whole
+    if (victim, damage.__name__) != ("000005.json", "<lambda>"):  # that it is gone cannot be known
+        assert any("round 5 cannot be used" in text and victim in text for text in notices)
+    assert any("after round 4" in text for text in notices)
+
+
+def test_with_no_good_checkpoint_there_is_a_clear_error_and_no_silent_restart(start, tmp_path):
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    truncate(folder / "initial.safetensors")
+    with pytest.raises(RunError, match="no checkpoint that can be used; --force starts anew"):
+        start("fedas", "out", resume=True)
+    assert len(start("fedas", "out", force=True).rounds) == 8
+
+
+def test_a_log_that_was_changed_is_found_out(start, tmp_path):
+    interrupt(start, "out")
+    (log,) = tmp_path.glob("out/*.partial/rounds.jsonl")
+    log.write_text(log.read_text().replace('"round": 2', '"round": 3'))
+    with pytest.raises(RunError, match="no checkpoint that can be used"):
+        start("fedas", "out", resume=True)
+
+
+def test_a_torn_last_line_is_cut_off(start, tmp_path):
+    whole = result(start("fedas", "whole"))
+    interrupt(start, "out")
+    (log,) = tmp_path.glob("out/*.partial/rounds.jsonl")
+    with log.open("a") as file:
+        file.write('{"round": 6, "partici')
+    assert result(start("fedas", "out", resume=True)) == whole
+
+
+def test_other_versions_are_refused_by_name(start, monkeypatch):
+    interrupt(start, "out")
+    monkeypatch.setattr("pflbench.engine.versions", lambda: {"torch": "0.0"})
+    with pytest.raises(RunError, match="torch changed since it was written; --force starts anew"):
+        start("fedas", "out", resume=True)
+
+
+def test_a_state_that_cannot_be_written_is_one_clear_line_and_what_was_written_is_good(start, tmp_path):
+    """RLIMIT_FSIZE stands for the full disk: the system refuses to write on."""
+    whole = result(start("fedas", "whole"))
+
+    def limited(pipe):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        try:
+            forked(start, "fedas", "out")
+        except BaseException as error:
+            pipe.send((type(error).__name__, str(error)))
+
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=limited, args=(theirs,))
+    child.start()
+    child.join(60)
+    assert ours.poll(), "the child sent no error"
+    kind, message = ours.recv()
+    assert kind == "RunError"
+    assert "\n" not in message
+    assert "File too large" in message
+    assert "--resume" in message
+    notices = []
+    assert result(start("fedas", "out", resume=True, notice=notices.append)) == whole
+    assert any("resuming run" in text for text in notices)
+
+
+def test_nothing_in_a_run_folder_is_unpickled(start, tmp_path):
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    poison = b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    for path in folder.iterdir():
+        path.write_bytes(poison)
+    with pytest.raises(RunError, match="no checkpoint that can be used"):
+        start("fedas", "out", resume=True)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_saved_state_comes_back_with_its_empty_parts_and_shared_tensors(tmp_path):
+    shared = torch.arange(6.0).view(2, 3)
+    state = {"model": {"a": shared, "b": shared}, "none": {}, "turned": {"c": shared.t()}}
+    saved = save_state(state, tmp_path, "s.safetensors")
+    back = load_state(tmp_path / saved.file)
+    assert back.keys() == state.keys()
+    assert back["none"] == {}
+    assert torch.equal(back["model"]["b"], shared)
+    assert torch.equal(back["turned"]["c"], shared.t())
