@@ -107,10 +107,11 @@ def _train(
 ) -> None:
     """Run the rounds that are missing into `record`; `each` gets a round's line and those of the tested clients."""
     number = len(record.rounds)
+    last: dict[int, evaluate.Score] = {}
     try:
         while number < record.spec.rounds:
             number += 1
-            row, tested = _round(record, algorithm, pool, number)
+            row, tested = _round(record, algorithm, pool, number, last)
             record.rounds.append(row)
             record.clients.extend(tested)
             each(row, tested)
@@ -121,16 +122,19 @@ def _train(
 
 
 def _round(
-    record: Record, algorithm: Algorithm, pool: Executor, number: int
+    record: Record, algorithm: Algorithm, pool: Executor, number: int, last: dict[int, evaluate.Score]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run one round; return its line for rounds.jsonl and, when it ends with an evaluation, every client's scores."""
+    """Run one round; return its line for rounds.jsonl and, when it ends with an evaluation, those of clients.parquet.
+
+    `last` has the clients' scores of the last evaluation, and gets those of this one.
+    """
     began = time.perf_counter()
     spec, server, states = record.spec, record.server, record.client_states
     assert isinstance(states, ClientStates)  # noqa: S101
     chosen = participants(spec, number)
 
     def tasks(clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
-        return [Task(test, number, c, algorithm.broadcast(server, c), states.stored(c)) for c in clients]
+        return [Task(test, number, c, algorithm.broadcast(server, c), states.stored(c), last.get(c)) for c in clients]
 
     trained: list[Trained] = []
     sent = 0
@@ -155,6 +159,7 @@ def _round(
     if number % spec.eval_every == 0 or number == spec.rounds:
         scores = pool.map(tasks(range(spec.clients), record.server, test=True))
         row |= evaluate.summary(scores)
+        last.update({score.client: score for score in scores})
     tested = [{"round": number, **evaluate.accuracies(score)} for score in scores]
     return {**row, "seconds": round(time.perf_counter() - began, 3)}, tested
 

@@ -18,7 +18,8 @@ class Score:
     """One client's test.
 
     `n` samples, of which the personalised model gets `correct` right, with cross-entropies that sum to `loss`, and the
-    global model `global_correct`, which is None where there is no global model.
+    global model `global_correct`, which is None where there is no global model. `models` are the fingerprints of the
+    two: what has not changed since the last evaluation is not tested again.
     """
 
     client: int
@@ -26,6 +27,7 @@ class Score:
     correct: int
     loss: float
     global_correct: int | None
+    models: tuple[str, str | None]
 
 
 def accuracies(score: Score) -> dict[str, int | float | None]:

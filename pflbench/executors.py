@@ -28,21 +28,24 @@ from pflbench import evaluate
 from pflbench.algorithm import Algorithm, Message, State
 from pflbench.checkpoint import Saved, load_state, save_state
 from pflbench.errors import PflbenchError, RunError
+from pflbench.evaluate import Score
 from pflbench.federation import Federation
 from pflbench.local import Bench, Local
 from pflbench.models import Net
+from pflbench.params import Params, fingerprint
 from pflbench.spec import RunSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Work for one client: to train (`test` false) or to be tested (`test` true), in `round`."""
+    """Work for one client in `round`: to train, or with `test` to be tested. `last` is its score before, if any."""
 
     test: bool
     round: int
     client: int
     down: Message
     state: State | Saved
+    last: Score | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Work:
         return len(data.test if task.test else data.train)
 
     def __call__(self, task: Task) -> Any:
-        """Return the `Trained` or the `evaluate.Score` of `task`."""
+        """Return the `Trained` or the `Score` of `task`."""
         data = self.federation.clients[task.client]
         local = Local(self.bench, data.train, self.federation.classes, self.spec, round=task.round, client=task.client)
         state = task.state
@@ -98,14 +101,23 @@ class Work:
         whole = self.algorithm.global_model(task.down)
         if whole is not None and whole.keys() != own.keys():
             whole = None
-        correct, loss = evaluate.test(self.bench, own, data.test)
-        if whole is None:
-            everyone = None
-        elif all(whole[name] is own[name] for name in own):
-            everyone = correct
+        return self._score(task, own, whole)
+
+    def _score(self, task: Task, own: Params, whole: Params | None) -> Score:
+        """Test the client's models, but no model that is the last evaluation's or has just been tested."""
+        split = self.federation.clients[task.client].test
+        mine, everyones = fingerprint(own), None if whole is None else fingerprint(whole)
+        if task.last is not None and task.last.models[0] == mine:
+            correct, loss = task.last.correct, task.last.loss
         else:
-            everyone, _ = evaluate.test(self.bench, whole, data.test)
-        return evaluate.Score(task.client, len(data.test), correct, loss, everyone)
+            correct, loss = evaluate.test(self.bench, own, split)
+        if whole is None or everyones == mine:
+            globally = None if whole is None else correct
+        elif task.last is not None and task.last.models[1] == everyones:
+            globally = task.last.global_correct
+        else:
+            globally, _ = evaluate.test(self.bench, whole, split)
+        return Score(task.client, len(split), correct, loss, globally, (mine, everyones))
 
 
 class Executor(Protocol):

@@ -16,6 +16,8 @@ from pflbench.local import Bench
 
 # Federations of one's own.
 
+MODELS = ("own", None)  # fingerprints, which do not matter here
+
 
 def _numpy(arrays):
     return [tuple(a.numpy() for a in client) for client in arrays]
@@ -329,7 +331,9 @@ def test_everybody_has_his_turn():
 
 def test_the_summary_of_twelve_clients_is_what_pencil_and_paper_give():
     right = [1, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 40]
-    scores = [Score(i, 10, k, 2.0 * i, k // 2) for i, k in enumerate(right[:-1])] + [Score(11, 50, 40, 7.0, 30)]
+    scores = [Score(i, 10, k, 2.0 * i, k // 2, MODELS) for i, k in enumerate(right[:-1])] + [
+        Score(11, 50, 40, 7.0, 30, MODELS)
+    ]
     found = summary(scores)
     each = [0.1, 0.3] + [0.5] * 9 + [0.8]
     mean = 5.7 / 12
@@ -343,7 +347,7 @@ def test_the_summary_of_twelve_clients_is_what_pencil_and_paper_give():
 
 @pytest.mark.parametrize(("clients", "worst"), [(1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
 def test_the_worst_tenth_is_rounded_up(clients, worst):
-    scores = [Score(i, 100, i, 0.0, None) for i in reversed(range(clients))]
+    scores = [Score(i, 100, i, 0.0, None, MODELS) for i in reversed(range(clients))]
     assert summary(scores)["accuracy_worst10"] == pytest.approx(sum(range(worst)) / worst / 100)
     assert summary(scores)["global_accuracy"] is None
 
