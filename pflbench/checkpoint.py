@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +43,9 @@ def save_state(state: State, folder: Path, file: str) -> Saved:
     """Write `state` to `folder/file`."""
     data = _encode(state)
     with writing(folder):
-        (folder / file).write_bytes(data)
+        partial = folder / f"writing-{file}"  # a file that a checkpoint names is never written to
+        partial.write_bytes(data)
+        partial.rename(folder / file)
     return Saved(file, hashlib.sha256(data).hexdigest())
 
 
@@ -152,9 +154,17 @@ class Checkpoint:
         return [self.server, self.initial, *self.clients.values()]
 
     def verify(self, run: Path) -> None:
-        """Raise `RunError` when one of its files in the run's folder `run` is missing or damaged."""
-        wanted = [(run / "checkpoint" / saved.file, None, saved.sha256) for saved in self.files()]
-        for path, length, sha in wanted + [(run / name, n, sha) for name, (n, sha) in self.logs.items()]:
+        """Raise `RunError` when a state or a log in the run's folder `run` is missing or damaged."""
+        self.verify_states(run / "checkpoint")
+        self._verify([(run / name, length, sha) for name, (length, sha) in self.logs.items()])
+
+    def verify_states(self, folder: Path) -> None:
+        """Raise `RunError` when a state in the checkpoint folder `folder` is missing or damaged."""
+        self._verify([(folder / saved.file, None, saved.sha256) for saved in self.files()])
+
+    @staticmethod
+    def _verify(wanted: Iterable[tuple[Path, int | None, str]]) -> None:
+        for path, length, sha in wanted:
             try:
                 found = path.read_bytes()[:length]
             except OSError:

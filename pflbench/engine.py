@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pflbench import evaluate, params, registry
 from pflbench.algorithm import Algorithm, State
 from pflbench.checkpoint import ClientStates
 from pflbench.errors import Diverged, UsageError, unknown
-from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, cores
+from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, cores, one_thread
 from pflbench.federation import Federation
 from pflbench.models import Net, build_model
 from pflbench.record import Record, Writer, check_out, machine, source_fingerprint, versions
@@ -55,7 +56,7 @@ def run(
     if folder is not None:
         check_out(folder)
     spec = resolve(spec or RunSpec(), federation, model, data_dir=data_dir, notice=notice)
-    if folder is not None and not force and (folder / spec.id).exists():
+    if folder is not None and _shows_record(folder, spec, force=force, resume=resume):
         return Record.load(folder / spec.id)
     workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
     algorithm = registry.algorithm(spec.algo)(**spec.hyperparameters)
@@ -76,18 +77,19 @@ def run(
     record.server = algorithm.init_server(initial)
     if folder is None:
         record.client_states = ClientStates(spec.clients, first, {}, None)
-        with EXECUTORS[executor](Work(spec, algorithm, federation, net), workers) as pool:
+        with one_thread(), EXECUTORS[executor](Work(spec, algorithm, federation, net), workers) as pool:
             on_start(spec)
             _train(record, algorithm, pool, lambda row, _: on_round(row))
         return record
     writer = Writer(folder, record, checkpoint_every)
     with writer.locked():
         # Another process may have finished it meanwhile, or one may have been killed when all was written.
-        if not force and ((folder / spec.id).exists() or writer.publish_complete()):
+        if not force and (writer.publish_complete() or _shows_record(folder, spec, force=force, resume=resume)):
             return Record.load(folder / spec.id)
-        kept = writer.start(first, resume=resume, notice=notice)
+        kept = writer.start(first, resume=resume and not force, notice=notice)
         record.client_states = ClientStates(spec.clients, first, kept, writer.states)
-        with EXECUTORS[executor](Work(spec, algorithm, federation, net, writer.states), workers) as pool:
+        work = Work(spec, algorithm, federation, net, writer.states)
+        with one_thread(), EXECUTORS[executor](work, workers) as pool:
             on_start(spec)
 
             def each(row: dict[str, Any], tested: list[dict[str, Any]]) -> None:
@@ -99,6 +101,12 @@ def run(
     return record
 
 
+def _shows_record(folder: Path, spec: RunSpec, *, force: bool, resume: bool) -> bool:
+    """Return whether the record that is there is the answer: not if a forced run was interrupted and is resumed."""
+    interrupted = (folder / f"{spec.id}.partial").exists()
+    return not force and (folder / spec.id).exists() and not (resume and interrupted)
+
+
 def _train(
     record: Record,
     algorithm: Algorithm,
@@ -106,11 +114,13 @@ def _train(
     each: Callable[[dict[str, Any], list[dict[str, Any]]], None],
 ) -> None:
     """Run the rounds that are missing into `record`; `each` gets a round's line and those of the tested clients."""
+    assert isinstance(record.client_states, ClientStates)  # noqa: S101
     number = len(record.rounds)
     last: dict[int, evaluate.Score] = {}
     try:
         while number < record.spec.rounds:
             number += 1
+            before = record.server, dict(record.client_states.kept)
             row, tested = _round(record, algorithm, pool, number, last)
             record.rounds.append(row)
             record.clients.extend(tested)
@@ -118,6 +128,9 @@ def _train(
         record.status = "finished"
     except Diverged as error:
         record.status, record.reason = "diverged", f"round {number}: {error}"
+        record.server, kept = before
+        record.client_states.kept.clear()
+        record.client_states.kept.update(kept)
     record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
 
 
@@ -148,7 +161,7 @@ def _round(
     states.kept.update({c: t.state for c, t in zip(chosen, trained, strict=True)})
     samples = sum(t.samples for t in trained)
     scores: list[evaluate.Score] = []
-    row = {
+    row: dict[str, Any] = {
         "round": number,
         "participants": chosen,
         "train_loss": sum(t.loss_sum for t in trained) / samples if samples else None,
@@ -158,6 +171,9 @@ def _round(
     }
     if number % spec.eval_every == 0 or number == spec.rounds:
         scores = pool.map(tasks(range(spec.clients), record.server, test=True))
+        for score in scores:
+            if not math.isfinite(score.loss):
+                raise Diverged(f"client {score.client}: the loss on the test data is {score.loss}; lower lr")
         row |= evaluate.summary(scores)
         last.update({score.client: score for score in scores})
     tested = [{"round": number, **evaluate.accuracies(score)} for score in scores]
@@ -199,7 +215,9 @@ def resolve(
     method = registry.algorithm(spec.algo)(**spec.hyperparameters)
     changes["hyperparameters"] = dataclasses.asdict(method.h)
     if federation is not None:
-        digest = federation.fingerprints["data"] + federation.fingerprints.get("partition", "")
+        digest = federation.fingerprints["data"]
+        if "partition" in federation.fingerprints:
+            digest = hashlib.sha256((digest + federation.fingerprints["partition"]).encode()).hexdigest()
         changes |= {"dataset": f"{federation.name}@{digest[:12]}", "clients": len(federation.clients)}
         changes |= {"partition": "given", "split": "given", "min_samples": 2}
         changes |= {"alpha": None, "classes_per_client": None, "balanced": None}

@@ -135,8 +135,8 @@ class Executor(Protocol):
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for a client's work: sums then have one order, whatever the machine."""
+def one_thread() -> Iterator[None]:
+    """One thread for the clients' and the server's work: sums then have one order, whatever the machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -159,7 +159,7 @@ class Serial:
 
     def map(self, tasks: Sequence[Task]) -> list[Any]:
         """Return the results of `tasks`, in the order of `tasks`."""
-        with _one_thread(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             return [self._work(task) for task in tasks]
 
 

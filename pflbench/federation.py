@@ -88,6 +88,10 @@ class Federation:
                 )
             x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
             for x, y, part in ((x_train, y_train, "training"), (x_test, y_test, "test")):
+                if y.dim() != 1:
+                    raise UsageError(
+                        f"from_arrays: client {i} has {part} labels of shape {tuple(y.shape)}; give one each"
+                    )
                 if len(x) != len(y) or len(y) == 0:
                     raise UsageError(f"from_arrays: client {i} has {len(x)} {part} samples and {len(y)} labels")
             made.append(ClientData(Split(x_train, y_train.long()), Split(x_test, y_test.long())))

@@ -181,7 +181,9 @@ class Local:
         named = dict(net.named_parameters())
         for p in named.values():
             p.requires_grad_(True)
-        grads = torch.autograd.grad(loss(net, x, y).mean(), list(named.values()))
+        grads = torch.autograd.grad(
+            loss(net, x, y).mean(), list(named.values()), allow_unused=True, materialize_grads=True
+        )
         return dict(zip(named, grads, strict=True))
 
     def features(self, model: Params) -> Tensor:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ _MOST = 20  # classes that a terminal shows one by one
 
 
 def show(spec: RunSpec, out: Path, data_dir: Path | None, notice: Callable[[str], None], *, as_json: bool) -> None:
-    """Print who has how many samples of each class, and write `out/<first 12 hex of the content hash>/`.
+    """Print who has how many samples of each class, and write `out/<hash of the partition>-<hash of the dataset>/`.
 
     A folder that is there already has the same contents and is left alone. Raises `UsageError` when the partition is
     impossible or `out` cannot be written.
@@ -35,7 +34,7 @@ def show(spec: RunSpec, out: Path, data_dir: Path | None, notice: Callable[[str]
     data = datasets.load(datasets.resolve(spec.dataset, folder, notice=notice), folder)
     parts = make(data.labels, data.n_train, len(data.classes), **spec.partition_settings())
     counts = parts.counts(data.labels, len(data.classes))
-    path = out / parts.fingerprint[:12]
+    path = out / f"{parts.fingerprint[:12]}-{data.fingerprint[:8]}"
     title = f"{data.name}: {spec.describe_partition()}, seed {spec.seed_of('partition')}"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -48,8 +47,11 @@ def show(spec: RunSpec, out: Path, data_dir: Path | None, notice: Callable[[str]
             arrays: dict[str, Any] = {f"train_{i}": rows for i, rows in enumerate(parts.train)}
             arrays |= {f"test_{i}": rows for i, rows in enumerate(parts.test)}
             np.savez_compressed(made / "indices.npz", **arrays)
-            if not path.exists():
-                shutil.move(made, path)
+            try:
+                made.rename(path)
+            except OSError:  # another process was faster; its contents are the same
+                if not path.is_dir():
+                    raise
     if as_json:
         found = {"fingerprint": parts.fingerprint, "path": str(path), "moved": parts.moved, "counts": counts.tolist()}
         click.echo(json.dumps({"dataset": data.name, "classes": list(data.classes), **found}))

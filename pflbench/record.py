@@ -137,12 +137,13 @@ class Record:
     def load_states(self) -> None:
         """Read the final states from the record's folder, clients' when they are asked for.
 
-        Raises `RunError` for a damaged checkpoint.
+        Raises `RunError` for damaged files.
         """
         if self.path is None:
             raise UsageError("the record was not written to disk, so there is nothing to read")
         folder = self.path / "checkpoint"
         newest = Checkpoint.read(next(iter(checkpoints(folder)), folder))
+        newest.verify_states(folder)
         self.server = load_state(folder / newest.server.file)
         initial = load_state(folder / newest.initial.file)
         self.client_states = ClientStates(self.spec.clients, initial, dict(newest.clients), folder)
@@ -302,13 +303,13 @@ class Writer:
         return complete
 
     def _publish(self) -> None:
-        (self._partial / "clients.jsonl").unlink(missing_ok=True)
         old = self._final.with_suffix(".old")
         if old.exists():
             shutil.rmtree(old)
         if self._final.exists():
             self._final.rename(old)
         self._partial.rename(self._final)
+        (self._final / "clients.jsonl").unlink(missing_ok=True)
         if old.exists():
             shutil.rmtree(old)
 
@@ -368,11 +369,14 @@ def _commit() -> str | None:
 
 
 def source_fingerprint(algorithm: "Algorithm") -> str:
-    """Return the SHA-256 of the source of a method's class and of the classes it builds on."""
+    """Return the SHA-256 of the source of a method: of the modules of its classes, and of the core that computes it."""
+    core = ("algorithm", "engine", "evaluate", "executors", "local", "models", "params", "rng")
     digest = hashlib.sha256()
+    for name in core:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for cls in type(algorithm).__mro__[:-1]:
         try:
-            digest.update(inspect.getsource(cls).encode())
-        except (OSError, TypeError):  # defined in a prompt
-            digest.update(f"{cls.__module__}.{cls.__qualname__} {sys.version}".encode())
+            digest.update(inspect.getsource(sys.modules[cls.__module__]).encode())
+        except (OSError, TypeError, KeyError):  # defined in a prompt
+            digest.update(f"{cls.__module__}.{cls.__qualname__}".encode())
     return digest.hexdigest()

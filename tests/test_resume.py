@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import pflbench
+import pflbench.evaluate
 from pflbench import RunError, registry
 from pflbench.checkpoint import Checkpoint, checkpoints, load_state, save_state
 
@@ -33,6 +34,7 @@ def start(toy, tmp_path):
         settings = {"executor": "serial", **settings}
         return pflbench.run(spec, federation, toy.net(), out=tmp_path / out, **settings)
 
+    run.out = tmp_path
     return run
 
 
@@ -227,3 +229,51 @@ def test_a_saved_state_comes_back_with_its_empty_parts_and_shared_tensors(tmp_pa
     assert back["none"] == {}
     assert torch.equal(back["model"]["b"], shared)
     assert torch.equal(back["turned"]["c"], shared.t())
+
+
+def test_a_forced_run_that_was_interrupted_goes_on_and_force_always_starts_anew(start):
+    whole = result(start("fedas", "out"))
+    seen = []
+
+    def note(row):
+        seen.append(row["round"])
+
+    interrupt(start, "out", force=True)
+    start("fedas", "out", on_round=note)
+    assert seen == []  # the old record still stands
+    assert result(start("fedas", "out", resume=True, on_round=note)) == whole
+    assert seen == [6, 7, 8]
+    interrupt(start, "out", force=True)
+    seen.clear()
+    assert result(start("fedas", "out", force=True, resume=True, on_round=note)) == whole
+    assert seen == list(range(1, 9))
+
+
+def test_states_are_checked_when_a_record_is_read(start):
+    record = start("fedas", "out")
+    flip(record.path / "checkpoint" / "server-000008.safetensors")
+    with pytest.raises(RunError, match=r"server-000008.safetensors is missing or damaged"):
+        pflbench.Record.load(record.path).load_states()
+
+
+def test_divergence_in_an_evaluation_leaves_the_states_of_the_round_before(start, monkeypatch):
+    test = pflbench.evaluate.test
+    done = []
+    poison = (0, float("nan"))
+    monkeypatch.setattr("pflbench.evaluate.test", lambda *args: poison if len(done) == 3 else test(*args))
+    record = start("fedavg-ft", "bad", on_round=done.append)
+    assert record.status == "diverged"
+    assert record.reason == "round 4: client 0: the loss on the test data is nan; lower lr"
+    assert [row["round"] for row in record.rounds] == [1, 2, 3]
+    saved = Checkpoint.read(checkpoints(record.path / "checkpoint")[0])
+    assert saved.round == 3
+    monkeypatch.undo()
+
+    def stop(row):
+        if row["round"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start("fedavg-ft", "short", on_round=stop)
+    (folder,) = start.out.glob("short/*.partial/checkpoint")
+    assert Checkpoint.read(folder / "000003.json").server == saved.server
