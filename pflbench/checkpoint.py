@@ -109,8 +109,8 @@ class ClientStates(Mapping[int, State]):
 class Checkpoint:
     """What a run needs to go on after `round`.
 
-    `basis` is what must not have changed when it does: data, method, versions. `logs` has the length and the SHA-256 of
-    each log file up to then.
+    `untested` is the line of that round when its evaluation is still to be done. `basis` is what must not have changed:
+    data, method, versions. `logs` has the length and the SHA-256 of each log file up to then.
     """
 
     round: int
@@ -119,10 +119,11 @@ class Checkpoint:
     clients: dict[int, Saved]
     basis: dict[str, str]
     logs: dict[str, tuple[int, str]]
+    untested: dict[str, Any] | None
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint, whose files must be there, and drop all but the newest ones."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        content = json.dumps(dataclasses.asdict(self))
         text = json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content})
         partial = folder / "writing"
         partial.write_text(text, encoding="utf-8")
@@ -138,16 +139,17 @@ class Checkpoint:
             if hashlib.sha256(outer["content"].encode()).hexdigest() != outer["sha256"]:
                 raise ValueError
             found: dict[str, Any] = json.loads(outer["content"])
+            return cls(
+                found["round"],
+                Saved(**found["server"]),
+                Saved(**found["initial"]),
+                {int(client): Saved(**saved) for client, saved in found["clients"].items()},
+                found["basis"],
+                {name: (length, sha) for name, (length, sha) in found["logs"].items()},
+                found["untested"],
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise RunError(f"{path} is damaged") from None
-        return cls(
-            found["round"],
-            Saved(**found["server"]),
-            Saved(**found["initial"]),
-            {int(client): Saved(**saved) for client, saved in found["clients"].items()},
-            found["basis"],
-            {name: (length, sha) for name, (length, sha) in found["logs"].items()},
-        )
+            raise RunError(f"{path} is damaged, or of another version") from None
 
     def files(self) -> list[Saved]:
         """Return all its files."""

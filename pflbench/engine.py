@@ -1,13 +1,13 @@
 """The round loop."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pflbench import evaluate, params, registry
 from pflbench.algorithm import Algorithm, State
@@ -20,7 +20,9 @@ from pflbench.record import Record, Writer, check_out, machine, source_fingerpri
 from pflbench.rng import rng
 from pflbench.spec import RunSpec
 
-OnRound = Callable[[dict[str, Any]], None]
+Row = dict[str, Any]
+OnRound = Callable[[Row], None]
+T = TypeVar("T")
 
 
 def run(
@@ -79,24 +81,19 @@ def run(
         record.client_states = ClientStates(spec.clients, first, {}, None)
         with one_thread(), EXECUTORS[executor](Work(spec, algorithm, federation, net), workers) as pool:
             on_start(spec)
-            _train(record, algorithm, pool, lambda row, _: on_round(row))
+            _Loop(record, algorithm, pool, on_round, None).run(None)
         return record
     writer = Writer(folder, record, checkpoint_every)
     with writer.locked():
         # Another process may have finished it meanwhile, or one may have been killed when all was written.
         if not force and (writer.publish_complete() or _shows_record(folder, spec, force=force, resume=resume)):
             return Record.load(folder / spec.id)
-        kept = writer.start(first, resume=resume and not force, notice=notice)
+        kept, untested = writer.start(first, resume=resume and not force, notice=notice)
         record.client_states = ClientStates(spec.clients, first, kept, writer.states)
         work = Work(spec, algorithm, federation, net, writer.states)
         with one_thread(), EXECUTORS[executor](work, workers) as pool:
             on_start(spec)
-
-            def each(row: dict[str, Any], tested: list[dict[str, Any]]) -> None:
-                writer.add_round(row, tested)
-                on_round(row)
-
-            _train(record, algorithm, pool, each)
+            _Loop(record, algorithm, pool, on_round, writer).run(untested)
         writer.finish()
     return record
 
@@ -107,77 +104,154 @@ def _shows_record(folder: Path, spec: RunSpec, *, force: bool, resume: bool) -> 
     return not force and (folder / spec.id).exists() and not (resume and interrupted)
 
 
-def _train(
-    record: Record,
-    algorithm: Algorithm,
-    pool: Executor,
-    each: Callable[[dict[str, Any], list[dict[str, Any]]], None],
-) -> None:
-    """Run the rounds that are missing into `record`; `each` gets a round's line and those of the tested clients."""
-    assert isinstance(record.client_states, ClientStates)  # noqa: S101
-    number = len(record.rounds)
-    last: dict[int, evaluate.Score] = {}
-    try:
-        while number < record.spec.rounds:
-            number += 1
-            before = record.server, dict(record.client_states.kept)
-            row, tested = _round(record, algorithm, pool, number, last)
-            record.rounds.append(row)
-            record.clients.extend(tested)
-            each(row, tested)
-        record.status = "finished"
-    except Diverged as error:
-        record.status, record.reason = "diverged", f"round {number}: {error}"
-        record.server, kept = before
-        record.client_states.kept.clear()
-        record.client_states.kept.update(kept)
-    record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
+class _Loop:
+    """The rounds of one run, in steps.
 
-
-def _round(
-    record: Record, algorithm: Algorithm, pool: Executor, number: int, last: dict[int, evaluate.Score]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run one round; return its line for rounds.jsonl and, when it ends with an evaluation, those of clients.parquet.
-
-    `last` has the clients' scores of the last evaluation, and gets those of this one.
+    In a step the clients of a round train, and all clients are tested with what the round before gave, if an evaluation
+    is due: neither needs what comes out of the other, and the short work fills what the long work leaves idle.
+    A round's line is therefore complete when the next round has been trained; until then it is `untested`.
     """
-    began = time.perf_counter()
-    spec, server, states = record.spec, record.server, record.client_states
-    assert isinstance(states, ClientStates)  # noqa: S101
-    chosen = participants(spec, number)
 
-    def tasks(clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
-        return [Task(test, number, c, algorithm.broadcast(server, c), states.stored(c), last.get(c)) for c in clients]
+    def __init__(
+        self, record: Record, algorithm: Algorithm, pool: Executor, on_round: OnRound, writer: Writer | None
+    ) -> None:
+        self._record = record
+        self._algorithm = algorithm
+        self._pool = pool
+        self._on_round = on_round
+        self._writer = writer
+        self._last: dict[int, evaluate.Score] = {}
 
-    trained: list[Trained] = []
-    sent = 0
-    for group in [[c] for c in chosen] if algorithm.sequential else [chosen]:
-        work = tasks(group, server, test=False)
-        sent += sum(task.down.nbytes for task in work)
-        trained += pool.map(work)
-        if algorithm.sequential:
-            server = algorithm.relay(server, trained[-1].up)
-    record.server = algorithm.aggregate(server, [t.up for t in trained])
-    states.kept.update({c: t.state for c, t in zip(chosen, trained, strict=True)})
-    samples = sum(t.samples for t in trained)
-    scores: list[evaluate.Score] = []
-    row: dict[str, Any] = {
-        "round": number,
-        "participants": chosen,
-        "train_loss": sum(t.loss_sum for t in trained) / samples if samples else None,
-        "bytes_up": sum(t.up.nbytes for t in trained),
-        "bytes_down": sent,
-        "steps": sum(t.steps for t in trained),
-    }
-    if number % spec.eval_every == 0 or number == spec.rounds:
-        scores = pool.map(tasks(range(spec.clients), record.server, test=True))
-        for score in scores:
-            if not math.isfinite(score.loss):
-                raise Diverged(f"client {score.client}: the loss on the test data is {score.loss}; lower lr")
-        row |= evaluate.summary(scores)
-        last.update({score.client: score for score in scores})
-    tested = [{"round": number, **evaluate.accuracies(score)} for score in scores]
-    return {**row, "seconds": round(time.perf_counter() - began, 3)}, tested
+    def run(self, untested: Row | None) -> None:
+        """Run what is missing after the rounds in the record and the one that is `untested`."""
+        record = self._record
+        number = len(record.rounds) + (untested is not None)
+        try:
+            while untested is not None or number < record.spec.rounds:
+                untested = self._step(number, untested)
+                number += 1
+            record.status = "finished"
+        except Diverged as error:
+            record.status, record.reason = "diverged", str(error)
+        record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
+
+    def _step(self, number: int, untested: Row | None) -> Row | None:
+        """Test the clients after round `number` if it is `untested`, and train the next round if there is one.
+
+        Returns the line of the next round if that is untested now.
+        """
+        began = time.perf_counter()
+        record, spec = self._record, self._record.spec
+        chosen = participants(spec, number + 1) if number < spec.rounds else []
+        tests = [] if untested is None else self._tasks(number, range(spec.clients), record.server, test=True)
+        scores, trained, sent = self._compute(tests, number + 1, chosen)
+        busy = sum(result.seconds for result in (*scores, *trained) if not isinstance(result, Exception))
+        if untested is not None:
+            if not chosen:  # the last evaluation is a step of its own
+                untested["seconds"] += time.perf_counter() - began
+                untested["busy_seconds"] += busy
+            self._finish(untested, scores)
+        if not chosen:
+            return None
+        with _round_named(number + 1):
+            done = _good(trained)
+            record.server = self._algorithm.aggregate(record.server, [t.up for t in done])
+        self._states.kept.update({c: t.state for c, t in zip(chosen, done, strict=True)})
+        samples = sum(t.samples for t in done)
+        row: Row = {
+            "round": number + 1,
+            "participants": chosen,
+            "train_loss": sum(t.loss_sum for t in done) / samples if samples else None,
+            "bytes_up": sum(t.up.nbytes for t in done),
+            "bytes_down": sent,
+            "steps": sum(t.steps for t in done),
+            "forward": sum(t.forward for t in done),
+            "backward": sum(t.backward for t in done),
+            "seconds": time.perf_counter() - began,
+            "busy_seconds": busy,
+        }
+        due = row["round"] % spec.eval_every == 0 or row["round"] == spec.rounds
+        if not due:
+            self._finish(row, None)
+            return None
+        if self._writer is not None:
+            self._writer.checkpoint(row["round"], row)
+        return row
+
+    def _compute(
+        self, tests: list[Task], number: int, chosen: list[int]
+    ) -> tuple[list[evaluate.Score | Exception], list[Trained | Exception], int]:
+        """Return what `tests` gave, what training the `chosen` in round `number` gave, and the bytes sent to these."""
+        server = self._record.server
+        sequential = self._algorithm.sequential
+        scores: list[evaluate.Score | Exception] = []
+        trained: list[Trained | Exception] = []
+        sent = 0
+        for group in [[c] for c in chosen] if sequential and chosen else [chosen]:
+            tasks = self._tasks(number, group, server, test=False)
+            sent += sum(task.down.nbytes for task in tasks)
+            results = self._pool.map([*tests, *tasks])
+            scores += results[: len(tests)]
+            trained += results[len(tests) :]
+            tests = []
+            if sequential and trained:
+                if isinstance(trained[-1], Exception):
+                    break
+                server = self._algorithm.relay(server, trained[-1].up)
+        return scores, trained, sent
+
+    def _tasks(self, number: int, clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
+        last = self._last if test else {}
+        send, stored = self._algorithm.broadcast, self._states.stored
+        return [Task(test, number, c, send(server, c), stored(c), last.get(c)) for c in clients]
+
+    def _finish(self, row: Row, scores: list[evaluate.Score | Exception] | None) -> None:
+        """Record a round's line and its evaluation, if any. That of an evaluation that diverged has no accuracies."""
+        tested: list[Row] = []
+        diverged: Diverged | None = None
+        if scores is not None:
+            try:
+                with _round_named(row["round"]):
+                    good = _good(scores)
+                    row |= evaluate.summary(good)
+                tested = [{"round": row["round"], **evaluate.accuracies(score)} for score in good]
+                self._last = {score.client: score for score in good}
+            except Diverged as error:
+                diverged = error
+        row |= {name: round(row[name], 3) for name in ("seconds", "busy_seconds")}
+        self._record.rounds.append(row)
+        self._record.clients.extend(tested)
+        if self._writer is not None:
+            self._writer.add_round(row, tested)
+            if scores is None:
+                self._writer.checkpoint(row["round"], None)
+        self._on_round(row)
+        if diverged is not None:
+            raise diverged
+
+    @property
+    def _states(self) -> ClientStates:
+        assert isinstance(self._record.client_states, ClientStates)  # noqa: S101
+        return self._record.client_states
+
+
+def _good(results: list[T | Exception]) -> list[T]:
+    """Return `results`; raise the first that is an exception, in the order of tasks and not of time."""
+    good = []
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        good.append(result)
+    return good
+
+
+@contextlib.contextmanager
+def _round_named(number: int) -> Iterator[None]:
+    """Name the round in a divergence."""
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(f"round {number}: {error}") from None
 
 
 def check_execution(executor: str, workers: int | None, checkpoint_every: int = 1) -> None:

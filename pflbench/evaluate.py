@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pflbench.errors import Diverged
 from pflbench.federation import Split
 from pflbench.local import Bench, chunks
 from pflbench.params import Params
@@ -19,7 +20,7 @@ class Score:
 
     `n` samples, of which the personalised model gets `correct` right, with cross-entropies that sum to `loss`, and the
     global model `global_correct`, which is None where there is no global model. `models` are the fingerprints of the
-    two: what has not changed since the last evaluation is not tested again.
+    two: what has not changed since the last evaluation is not tested again. `seconds` is the worker's time.
     """
 
     client: int
@@ -28,6 +29,7 @@ class Score:
     loss: float
     global_correct: int | None
     models: tuple[str, str | None]
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 def accuracies(score: Score) -> dict[str, int | float | None]:
@@ -54,7 +56,11 @@ def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population's standard
     deviation over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
     `global_accuracy`, weighted, is None where there is no global model. `test_loss` is weighted.
+    Raises `Diverged` when a loss is not finite.
     """
+    for score in scores:
+        if not math.isfinite(score.loss):
+            raise Diverged(f"client {score.client}: the loss on the test data is {score.loss}; lower lr")
     n = sum(s.n for s in scores)
     each = np.sort([s.correct / s.n for s in scores])
     whole = [s.global_correct for s in scores if s.global_correct is not None]

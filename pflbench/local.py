@@ -20,7 +20,7 @@ from pflbench.spec import RunSpec
 Loss = Callable[[Net, Tensor, Tensor], Tensor]
 """(net, x, y) -> the loss of each sample [n]; the harness takes the mean."""
 
-_CHUNK = 256  # samples in a forward pass that needs no gradient
+_CHUNK = 128  # samples in a forward pass that needs no gradient
 _PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 
@@ -88,7 +88,8 @@ class Local:
     """The toolbox of one client in one round: its training data, and what can be done with them.
 
     `n` is the number of training samples, `y` their labels [n], `classes` the number of classes in the federation, `lr`
-    the learning rate of this round. Everything random is keyed by (seed, purpose, round, client).
+    the learning rate of this round. Everything random is keyed by (seed, purpose, round, client). `steps` counts
+    the steps of SGD, `forward` and `backward` the samples that were passed through the body.
     """
 
     def __init__(self, bench: Bench, train: Split, classes: int, spec: RunSpec, *, round: int, client: int) -> None:  # noqa: A002
@@ -101,7 +102,7 @@ class Local:
         self.n = len(train)
         self.classes = classes
         self.lr = spec.lr * spec.lr_decay ** (round - 1)
-        self.steps = 0
+        self.steps = self.forward = self.backward = 0
         self.loss_sum = 0.0
         self.loss_samples = 0
         # A network of the user's may draw, for dropout say.
@@ -160,6 +161,9 @@ class Local:
             total += value.detach() * len(y)
             samples += len(y)
             self.steps += 1
+        if step_net is net:
+            self.forward += samples
+            self.backward += samples
         if not math.isfinite(total):
             raise Diverged(f"client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
         if purpose == "train":
@@ -177,6 +181,8 @@ class Local:
 
     def grad(self, at: Params, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> Params:
         """Return the gradient of the mean `loss` of one batch at parameters `at`, in evaluation mode."""
+        self.forward += len(y)
+        self.backward += len(y)
         net = self._bench.load(at).eval()
         named = dict(net.named_parameters())
         for p in named.values():
@@ -191,6 +197,7 @@ class Local:
         return self._features(self._bench.load(model).eval())
 
     def _features(self, net: Net) -> Tensor:
+        self.forward += self.n
         with torch.no_grad():
             return torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
 

@@ -43,12 +43,13 @@ def _cnn(shape: tuple[int, ...], classes: int, norm: str) -> Net:  # noqa: ARG00
     if min(sides) < 1:
         raise UsageError(f"model 'cnn' needs images of at least 16x16; these are {height}x{width}; use --model mlp")
     body = nn.Sequential(
+        # Pooled before ReLU: the same values and gradients, for a quarter of ReLU's work.
         nn.Conv2d(channels, 32, 5),
-        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
         nn.Conv2d(32, 64, 5),
-        nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
+        nn.ReLU(inplace=True),
         nn.Flatten(),
         nn.Linear(64 * sides[0] * sides[1], 512),
         nn.ReLU(inplace=True),

@@ -91,9 +91,11 @@ def table(record: Record) -> None:
             out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
     mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
     out.add_row("sent up / down", *mega)
-    out.add_row(
-        "time", f"{summary['seconds']:.1f} s", f"{summary['seconds'] / max(summary['rounds'], 1):.2f} s a round"
-    )
+    seconds = summary["seconds"]
+    out.add_row("time", f"{seconds:.1f} s", f"{seconds / max(summary['rounds'], 1):.2f} s a round")
+    if seconds:
+        busy = summary["busy_seconds"] / (seconds * record.machine["workers"])
+        out.add_row(f"  of which {record.machine['workers']} workers computed", f"{100 * busy:.0f} %", "")
     console = Console()
     console.print(out)
     console.print(f"record: {record.path}", highlight=False, soft_wrap=True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _LOGS = ("rounds.jsonl", "clients.jsonl")
+_TIMES = ("seconds", "busy_seconds")
 
 
 @dataclasses.dataclass
@@ -72,7 +73,7 @@ class Record:
             "rounds": len(self.rounds),
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
-            "seconds": sum(r["seconds"] for r in self.rounds),
+            **{name: sum(r[name] for r in self.rounds) for name in _TIMES},
         }
         if not tested:
             return costs
@@ -94,8 +95,8 @@ class Record:
         return hashlib.sha256(json.dumps([digest(self.server), self.client_states.digests()]).encode()).hexdigest()
 
     def metrics_fingerprint(self) -> str:
-        """Return the SHA-256 of all metrics but the seconds."""
-        rounds = [{k: v for k, v in r.items() if k != "seconds"} for r in self.rounds]
+        """Return the SHA-256 of all metrics but the times."""
+        rounds = [{k: v for k, v in r.items() if k not in _TIMES} for r in self.rounds]
         return hashlib.sha256(json.dumps([rounds, self.clients], sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,6 +161,7 @@ class Writer:
         self.states = self._partial / "checkpoint"
         self._logs = {name: (0, hashlib.sha256()) for name in _LOGS}
         self._known: set[str] = set()
+        self._server: tuple[int, Saved] | None = None  # the newest that was written, and its round
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -175,23 +177,28 @@ class Writer:
         except filelock.Timeout:
             raise RunError(f"run {self._record.id} is being computed by another process; wait for it to end") from None
 
-    def start(self, initial: State, *, resume: bool, notice: Callable[[str], None]) -> dict[int, State | Saved]:
+    def start(
+        self, initial: State, *, resume: bool, notice: Callable[[str], None]
+    ) -> tuple[dict[int, State | Saved], dict[str, Any] | None]:
         """Make the folder, or with `resume` go on with what an interrupted run left in it.
 
-        Fills the record with what was done, and returns the clients' states that differ from `initial`. Raises
+        Fills the record with what was done, and returns the clients' states that differ from `initial`, and the line of
+        the last round if its evaluation is still to be done. Raises
         `RunError` when there are checkpoints but no good one, or when they are of other data or another pflbench.
         """
         with writing(self._partial):
             return self._start(initial, resume=resume, notice=notice)
 
-    def _start(self, initial: State, *, resume: bool, notice: Callable[[str], None]) -> dict[int, State | Saved]:
+    def _start(
+        self, initial: State, *, resume: bool, notice: Callable[[str], None]
+    ) -> tuple[dict[int, State | Saved], dict[str, Any] | None]:
         found = checkpoints(self.states)
         if not (resume and found):
             if self._partial.exists():
                 shutil.rmtree(self._partial)
             self.states.mkdir(parents=True)
             self._initial = save_state(initial, self.states, "initial.safetensors")
-            return {}
+            return {}, None
         good = self._newest_good(found, notice)
         if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
             raise RunError(f"{self._partial}: {', '.join(changed)} changed since it was written; --force starts anew")
@@ -207,7 +214,7 @@ class Writer:
         self._known = {saved.file for saved in good.files()}
         self._record.server = load_state(self.states / good.server.file)
         notice(f"resuming run {self._record.id} after round {good.round}")
-        return dict(good.clients)
+        return dict(good.clients), good.untested
 
     def _newest_good(self, found: list[Path], notice: Callable[[str], None]) -> Checkpoint:
         for path in found:
@@ -221,12 +228,16 @@ class Writer:
         raise RunError(f"{self._partial} has no checkpoint that can be used; --force starts anew")
 
     def add_round(self, row: dict[str, Any], tested: list[dict[str, Any]]) -> None:
-        """Append a round's line, and those of the clients that were tested in it; write a checkpoint when it is due."""
+        """Append a round's line, and those of the clients that were tested in it."""
         with writing(self._partial):
             self._append("clients.jsonl", tested)
             self._append("rounds.jsonl", [row])
-            if row["round"] % self._every == 0:
-                named = self._checkpoint(row["round"])
+
+    def checkpoint(self, number: int, untested: dict[str, Any] | None) -> None:
+        """Write a checkpoint of round `number` if one is due. `untested` is its line if it is to be tested."""
+        if number % self._every == 0:
+            with writing(self._partial):
+                named = self._checkpoint(number, untested)
                 self._sweep(self.states, named | self._known)
                 self._known = named
 
@@ -242,14 +253,15 @@ class Writer:
         """Return what a run must have in common with its checkpoint, besides the spec."""
         return {**self._record.fingerprints, **self._record.versions}
 
-    def _checkpoint(self, number: int) -> set[str]:
+    def _checkpoint(self, number: int, untested: dict[str, Any] | None) -> set[str]:
         """Write a checkpoint; return the names of its files."""
         record = self._record
         assert isinstance(record.client_states, ClientStates)  # noqa: S101
         clients = {client: saved for client, saved in record.client_states.kept.items() if isinstance(saved, Saved)}
-        server = save_state(record.server, self.states, f"server-{number:06}.safetensors")
+        if self._server is None or self._server[0] != number:
+            self._server = number, save_state(record.server, self.states, f"server-{number:06}.safetensors")
         logs = {name: (length, sha.hexdigest()) for name, (length, sha) in self._logs.items()}
-        made = Checkpoint(number, server, self._initial, clients, self._basis(), logs)
+        made = Checkpoint(number, self._server[1], self._initial, clients, self._basis(), logs, untested)
         made.write(self.states)
         return {saved.file for saved in made.files()}
 
@@ -272,7 +284,7 @@ class Writer:
         record = self._record
         for name in _LOGS:
             self._append(name, [])
-        named = self._checkpoint(len(record.rounds))
+        named = self._checkpoint(len(record.rounds), None)
         for superseded in checkpoints(self.states)[1:]:
             superseded.unlink()
         self._sweep(self.states, named)

@@ -356,11 +356,13 @@ def test_the_headline_is_the_last_round_and_the_mean_of_the_last_five_and_best_o
     accuracies = [0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.5]
     names = ("accuracy", "accuracy_mean", "accuracy_std", "accuracy_worst10", "global_accuracy")
     rounds = [
-        {"round": 2 * i, "bytes_up": 10, "bytes_down": 20, "seconds": 0.5}
+        {"round": 2 * i, "bytes_up": 10, "bytes_down": 20, "seconds": 0.5, "busy_seconds": 0.9}
         | {n: a + k / 10 for k, n in enumerate(names)}
         for i, a in enumerate(accuracies, 1)
     ]
-    skipped = [{"round": 2 * i - 1, "bytes_up": 1, "bytes_down": 2, "seconds": 0.25} for i in range(1, 8)]
+    skipped = [
+        {"round": 2 * i - 1, "bytes_up": 1, "bytes_down": 2, "seconds": 0.25, "busy_seconds": 0.1} for i in range(1, 8)
+    ]
     rounds = sorted(rounds + skipped, key=lambda r: r["round"])
     found = Record(RunSpec(), rounds=rounds).summary
     assert found["last"] == {n: pytest.approx(0.5 + k / 10) for k, n in enumerate(names)}
@@ -368,6 +370,7 @@ def test_the_headline_is_the_last_round_and_the_mean_of_the_last_five_and_best_o
     assert found["best_on_test"] == {"round": 4, "accuracy": 0.9}
     assert (found["rounds"], found["bytes_up"], found["bytes_down"]) == (14, 77, 154)
     assert found["seconds"] == pytest.approx(0.75 * 7)
+    assert found["busy_seconds"] == pytest.approx(1.0 * 7)
 
 
 def test_the_last_five_are_of_evaluations_and_fewer_when_there_are_fewer(toy):

@@ -1,3 +1,4 @@
+import io
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch import nn
 import pflbench
 from pflbench import Diverged, RunError, evaluate, params, registry
 from pflbench.algorithms.fedavg import FedAvg
-from pflbench.executors import Processes, Serial, Task, Work
+from pflbench.executors import Processes, Serial, Task, Work, _dumps, _Unpickler
 
 METHODS = sorted(registry.algorithms())
 SIZES = (30, 4, 11, 7)
@@ -275,6 +276,44 @@ def test_divergence_in_a_worker_ends_the_run_as_diverged(toy, faulty):
     record = toy.run("faulty", executor="processes", workers=2)
     assert (record.status, record.reason) == ("diverged", "round 2: client 1: it is too much")
     assert len(record.rounds) == 1
+
+
+def test_a_round_is_tested_even_if_the_next_one_which_trains_beside_it_diverges(toy, methods):
+    @registry.register("late-nan")
+    class LateNan(registry.algorithm("fedper")):
+        def local_update(self, local, down, state):
+            up, new = super().local_update(local, down, state)
+            if local._key[0] == 3:
+                raise Diverged(f"client {local._key[1]}: lost")
+            return up, new
+
+    for executor in ("serial", "processes"):
+        record = toy.run("late-nan", executor=executor, workers=2, rounds=5)
+        assert record.reason == "round 3: client 0: lost"
+        assert [row["round"] for row in record.rounds] == [1, 2]
+        assert "accuracy" in record.rounds[1]
+
+
+def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round(toy):
+    sent: dict[int, int] = {}
+    received: list[torch.Tensor] = []
+    model = {"a": torch.arange(1000.0), "b": torch.ones(3, 4)[:, 1:]}
+    own = [torch.full((5,), float(i)) for i in range(3)]
+
+    def passed(i):
+        data = _dumps([model, own[i]], sent)
+        return len(data), _Unpickler(io.BytesIO(data), received).load()
+
+    sizes, values = zip(*(passed(i) for i in range(3)), strict=True)
+    assert sizes[0] > 4000 > 1000 > sizes[1]
+    for i, (found, mine) in enumerate(values):
+        assert toy.same(found, model)
+        assert torch.equal(mine, own[i])
+    sent.clear()
+    model = {"a": torch.zeros(7)}
+    _, (found, _) = passed(0)
+    assert toy.same(found, model)
+    assert len(received) == 2  # the round before is forgotten
 
 
 def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first(toy):

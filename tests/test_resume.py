@@ -43,7 +43,7 @@ def result(record):
     rounds = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
     states = {p.name: p.read_bytes() for p in (record.path / "checkpoint").glob("*.safetensors")}
     clients = (record.path / "clients.parquet").read_bytes()
-    return [{**r, "seconds": None} for r in rounds], states, clients, record.fingerprints
+    return [{**r, "seconds": None, "busy_seconds": None} for r in rounds], states, clients, record.fingerprints
 
 
 def interrupt(start, out, **settings):
@@ -256,7 +256,7 @@ def test_states_are_checked_when_a_record_is_read(start):
         pflbench.Record.load(record.path).load_states()
 
 
-def test_divergence_in_an_evaluation_leaves_the_states_of_the_round_before(start, monkeypatch):
+def test_divergence_in_an_evaluation_leaves_the_states_that_were_tested(start, monkeypatch):
     test = pflbench.evaluate.test
     done = []
     poison = (0, float("nan"))
@@ -264,16 +264,46 @@ def test_divergence_in_an_evaluation_leaves_the_states_of_the_round_before(start
     record = start("fedavg-ft", "bad", on_round=done.append)
     assert record.status == "diverged"
     assert record.reason == "round 4: client 0: the loss on the test data is nan; lower lr"
-    assert [row["round"] for row in record.rounds] == [1, 2, 3]
+    assert [row["round"] for row in record.rounds] == [1, 2, 3, 4]
+    assert ["accuracy" in row for row in record.rounds] == [False, True, False, False]
     saved = Checkpoint.read(checkpoints(record.path / "checkpoint")[0])
-    assert saved.round == 3
+    assert saved.round == 4
     monkeypatch.undo()
 
     def stop(row):
-        if row["round"] == 3:
+        if row["round"] == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         start("fedavg-ft", "short", on_round=stop)
     (folder,) = start.out.glob("short/*.partial/checkpoint")
-    assert Checkpoint.read(folder / "000003.json").server == saved.server
+    assert Checkpoint.read(folder / "000004.json").server == saved.server
+
+
+def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(start, tmp_path, monkeypatch):
+    whole = result(start("fedavg-ft", "whole"))
+    test, left = pflbench.evaluate.test, 12  # round 2's five clients with two models each, and one of round 4's
+
+    def stop(*args):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return test(*args)
+
+    monkeypatch.setattr("pflbench.evaluate.test", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start("fedavg-ft", "out")
+    monkeypatch.undo()
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    newest = Checkpoint.read(checkpoints(folder)[0])
+    assert newest.round == newest.untested["round"] == 4
+    trained = []
+    update = registry.algorithm("fedavg-ft").local_update
+    monkeypatch.setattr(
+        registry.algorithm("fedavg-ft"),
+        "local_update",
+        lambda self, local, *args: trained.append(1) or update(self, local, *args),
+    )
+    assert result(start("fedavg-ft", "out", resume=True)) == whole
+    assert len(trained) == 4 * 2  # rounds 5 to 8
