@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from pflbench import evaluate, params, registry
 from pflbench.algorithm import Algorithm, State
 from pflbench.checkpoint import ClientStates
@@ -68,8 +70,13 @@ def run(
         net = build_model(spec.model, federation.shape, federation.classes, seed=init, norm=spec.norm)
     else:
         net = copy.deepcopy(model)
-    record = Record(spec, versions=versions(), machine=machine(executor, workers))
     initial = params.read(net)
+    if spec.precision == "bf16":
+        if others := {str(t.dtype) for t in initial.values()} - {"torch.float32"}:
+            raise UsageError(f"precision: bf16 needs a float32 network; this one has {', '.join(sorted(others))}")
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            notice("this processor has no bf16 instructions: bf16 will take several times as long as fp32")
+    record = Record(spec, versions=versions(), machine=machine(executor, workers))
     record.fingerprints = {
         **federation.fingerprints,
         "initial": params.fingerprint(initial),

@@ -44,9 +44,10 @@ def test(bench: Bench, model: Params, split: Split) -> tuple[int, float]:
     correct, loss = 0, 0.0
     with torch.no_grad():
         for part in chunks(len(split)):
-            logits, y = net(bench.batch(split.x, part)), split.y[part]
-            correct += int((logits.argmax(1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            with bench.forward():
+                logits, y = net(bench.batch(split.x, part)), split.y[part]
+                correct += int((logits.argmax(1) == y).sum())
+                loss += float(F.cross_entropy(logits, y, reduction="sum"))
     return correct, loss
 
 

@@ -34,7 +34,7 @@ from pflbench.evaluate import Score
 from pflbench.federation import Federation
 from pflbench.local import Bench, Local
 from pflbench.models import Net
-from pflbench.params import Params, fingerprint
+from pflbench.params import Params, fingerprint, tensor_digest
 from pflbench.spec import RunSpec
 
 
@@ -80,8 +80,9 @@ class Work:
         self.spec = spec
         self.algorithm = algorithm
         self.federation = federation
-        self.bench = Bench(net)
+        self.bench = Bench(net, spec.precision)
         self.states = states
+        self._digests: dict[int, tuple[torch.Tensor, str]] = {}
 
     def private(self) -> "Work":
         """Return the same work with a network of its own."""
@@ -117,7 +118,8 @@ class Work:
     def _score(self, task: Task, own: Params, whole: Params | None) -> Score:
         """Test the client's models, but no model that is the last evaluation's or has just been tested."""
         split = self.federation.clients[task.client].test
-        mine, everyones = fingerprint(own), None if whole is None else fingerprint(whole)
+        self._note_digests(task.down)
+        mine, everyones = self._fingerprint(own), None if whole is None else self._fingerprint(whole)
         if task.last is not None and task.last.models[0] == mine:
             correct, loss = task.last.correct, task.last.loss
         else:
@@ -129,6 +131,16 @@ class Work:
         else:
             globally, _ = evaluate.test(self.bench, whole, split)
         return Score(task.client, len(split), correct, loss, globally, (mine, everyones))
+
+    def _note_digests(self, down: Message) -> None:
+        """Have the digests of the tensors in `down` at hand: most clients are sent the same ones."""
+        before, self._digests = self._digests, {}
+        for tensor in (t for part in down.tensors.values() for t in part.values()):
+            known = before.get(id(tensor))
+            self._digests[id(tensor)] = known or (tensor, tensor_digest(tensor))  # held, so that its id stays its own
+
+    def _fingerprint(self, model: Params) -> str:
+        return fingerprint(model, lambda t: self._digests[id(t)][1] if id(t) in self._digests else tensor_digest(t))
 
 
 class Executor(Protocol):

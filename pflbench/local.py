@@ -1,5 +1,6 @@
 """What a method's client code works with. The only training loop of the project is here."""
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -50,36 +51,48 @@ class _SGD:
 
 @dataclasses.dataclass
 class Bench:
-    """One process's copy of the network, and which parameters it holds: they are loaded only when they differ."""
+    """One process's copy of the network, and which parameters it holds: they are loaded only when they differ.
+
+    With `precision` "bf16" what passes forward within `forward()` does so in bfloat16.
+    """
 
     net: Net
-    loaded: Params | None = None
+    precision: str = "fp32"
+    loaded: Params = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.net.to(memory_format=torch.channels_last)
         self.slots = params.slots(self.net)
         self.dtype = next(iter(self.slots.values())).dtype
+        self._buffers = {name for name, _ in self.net.named_buffers()}  # which a network may change in a test, too
         # Integers (how many batches a BatchNorm has seen) are nobody's state: they start anew with every load.
         self._counts = [(b, b.clone()) for b in self.net.buffers() if not b.is_floating_point()]
 
+    def forward(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context for a forward pass."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", torch.bfloat16)
+
     def load(self, values: Params) -> Net:
         """Copy `values` into the network and return it."""
-        if self.loaded is not values:
-            for name, slot in self.slots.items():
+        for name, slot in self.slots.items():
+            if name in self._buffers or self.loaded.get(name) is not values[name]:
                 slot.copy_(values[name])
-            for count, first in self._counts:
-                count.copy_(first)
-            self.loaded = values
+        for count, first in self._counts:
+            count.copy_(first)
+        self.loaded = dict(values)
         return self.net
 
     def batch(self, x: Tensor, index: Tensor | slice) -> Tensor:
         """Return samples `index` of `x` as the network takes them: floating-point, images channels-last."""
-        view = isinstance(index, slice)  # a network's first layer may work in place: it must not get the data itself
-        if x.dim() == 4:
-            out = x.permute(0, 2, 3, 1)[index].to(self.dtype, copy=view)
+        images = x.dim() == 4
+        rows = x.permute(0, 2, 3, 1) if images else x
+        # A slice is copied: a network's first layer may work in place, and must not get the data itself.
+        view = isinstance(index, slice)
+        out = (rows[index] if isinstance(index, slice) else rows.index_select(0, index)).to(self.dtype, copy=view)
+        if images:
             out = out.permute(0, 3, 1, 2)
-        else:
-            out = x[index].to(self.dtype, copy=view)
         # uint8 0..255 to [-1, 1]: torchvision's ToTensor and Normalize(0.5, 0.5), as in PFLlib.
         return out.mul_(1 / 127.5).sub_(1) if x.dtype == torch.uint8 else out
 
@@ -131,7 +144,7 @@ class Local:
         """
         spec = self._spec
         net = self._bench.load(start)
-        self._bench.loaded = None
+        self._bench.loaded = {}
         chosen = {name: p for name, p in net.named_parameters() if only is None or only(name)}
         for name, p in net.named_parameters():
             p.requires_grad_(name in chosen)
@@ -152,7 +165,8 @@ class Local:
         samples = 0
         for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
             y = self.y[index]
-            value = loss(step_net, self._bench.batch(x, index), y).mean()
+            with self._bench.forward():
+                value = loss(step_net, self._bench.batch(x, index), y).mean()
             grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
             if correct is not None:
                 named = zip(chosen.items(), grads, strict=True)
@@ -187,9 +201,9 @@ class Local:
         named = dict(net.named_parameters())
         for p in named.values():
             p.requires_grad_(True)
-        grads = torch.autograd.grad(
-            loss(net, x, y).mean(), list(named.values()), allow_unused=True, materialize_grads=True
-        )
+        with self._bench.forward():
+            value = loss(net, x, y).mean()
+        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(named, grads, strict=True))
 
     def features(self, model: Params) -> Tensor:
@@ -198,8 +212,9 @@ class Local:
 
     def _features(self, net: Net) -> Tensor:
         self.forward += self.n
-        with torch.no_grad():
-            return torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
+        with torch.no_grad(), self._bench.forward():
+            found = torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
+        return found.to(self._bench.dtype)
 
     def _orders(self, epochs: int, batch_size: int | None, purpose: str) -> Iterator[Tensor]:
         """Yield the sample numbers of each batch of `epochs` epochs."""

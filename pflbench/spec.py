@@ -63,7 +63,9 @@ class RunSpec:
     shuffle: bool = option(True, "shuffle a client's samples before every epoch")
     drop_last: bool = option(False, "leave out an incomplete last batch (unless it is the only one)")
     eval_every: int = option(1, "evaluate every k rounds, and after the last", ge=1)
-    precision: str = option("fp32", "number format of training", choices=("fp32",))
+    precision: str = option(
+        "fp32", "number format of activations; parameters and sums stay fp32", choices=("fp32", "bf16")
+    )
     seed: int = option(0, "covers partition, initial parameters, client sampling and batch order", ge=0)
     partition_seed: int | None = option(None, "seed of the partition alone (seed)", ge=0)
     init_seed: int | None = option(None, "seed of the initial parameters alone (seed)", ge=0)

@@ -245,10 +245,10 @@ def test_different_settings_have_different_ids():
         "partition": "iid", "alpha": 0.2, "balanced": True, "min_samples": 41, "clients": 21, "model": "mlp",
         "join_ratio": 0.2, "rounds": 41, "local_epochs": 6, "batch_size": 17, "lr": 0.006, "momentum": 0.1,
         "weight_decay": 0.1, "lr_decay": 0.9, "shuffle": False, "drop_last": True, "eval_every": 2, "seed": 1,
-        "partition_seed": 1, "init_seed": 1, "sampling_seed": 1, "order_seed": 1,
+        "partition_seed": 1, "init_seed": 1, "sampling_seed": 1, "order_seed": 1, "precision": "bf16",
     }  # fmt: skip
     missing = {f.name for f in dataclasses.fields(RunSpec)} - others.keys()
-    assert missing == {"classes_per_client", "norm", "precision"}  # of other partitions and models; has one value yet
+    assert missing == {"classes_per_client", "norm"}  # of other partitions and models
     ids = [_id()] + [_id(**{name: value}) for name, value in others.items()]
     ids += [_id(partition="pathological", classes_per_client=3), _id(partition="pathological")]
     ids += [_id(model="resnet18", norm="group"), _id(model="resnet18")]

@@ -113,7 +113,7 @@ LINES = {
     "partition-given-shown": (DEAL + "--partition given", "'given'", "choose from: dirichlet, iid, pathological"),
     "split": (RUN + "--split offical", "split 'offical'", "did you mean 'official'?"),
     "split-given": (RUN + "--split given", "'given'", "from Python"),
-    "precision": (RUN + "--precision bf16", "'bf16'", "fp32"),
+    "precision": (RUN + "--precision fp16", "'fp16'", "did you mean 'bf16'?"),
     "norm": (RUN + "--model resnet18 --norm layer", "norm 'layer'", "choose from: batch, group"),
     "norm-without-layers": (RUN + "--model cnn --norm batch", "norm: the model 'cnn'", "leave it out"),
     "executor": (RUN + "--executor proceses", "'proceses'", "did you mean 'processes'?"),

@@ -418,7 +418,7 @@ def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the
     assert len(tested) == tests  # of FedAS and Local: all, then one participant a round
 
     serial = iter(range(10**6))
-    monkeypatch.setattr("pflbench.executors.fingerprint", lambda _: str(next(serial)))  # nothing is ever the same
+    monkeypatch.setattr("pflbench.executors.fingerprint", lambda *_: str(next(serial)))  # nothing is ever the same
     tested.clear()
     assert _prints(toy.run(algo, **settings)) == _prints(record)
     assert len(tested) == 4 * 6 * (2 if algo == "fedavg" else 1)

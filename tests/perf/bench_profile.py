@@ -1,0 +1,121 @@
+"""Where the time of a round of W goes, how close it comes to the processor's peak, and what is left idle."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import workload
+from torch.utils.flop_counter import FlopCounterMode
+
+import pflbench.local
+from pflbench import executors, models
+
+HERE = Path(__file__).parent
+WORKERS = 2
+
+
+def peaks():
+    """The GFLOP/s of matrix products and of convolutions, by as many processes at once as there are workers."""
+    command = [sys.executable, str(HERE / "peak.py")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(WORKERS)]
+    found = [[float(v) for v in p.communicate()[0].split()] for p in processes]
+    return [sum(values) for values in zip(*found, strict=True)]
+
+
+def flops(net, batch):
+    """Floating-point operations for each sample: of a training step with `batch` samples, and of a test."""
+    x, y = torch.randn(batch, 3, 32, 32), torch.zeros(batch, dtype=torch.int64)
+    with FlopCounterMode(display=False) as training:
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+    with FlopCounterMode(display=False) as testing:
+        net(x)
+    return training.get_total_flops() / batch, testing.get_total_flops() / batch
+
+
+@pytest.fixture
+def clocks(monkeypatch, tmp_path):
+    """Time forward, backward and optimiser in the workers; return a function that sums up what they noted."""
+    spent = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0}
+
+    def timed(part, function):
+        def wrapper(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - began
+
+        return wrapper
+
+    def noted(function):
+        def wrapper(self, task):
+            spent.update(dict.fromkeys(spent, 0.0))
+            result = function(self, task)
+            line = json.dumps(
+                {"round": task.round - 1 if not task.test else task.round, "all": result.seconds, **spent}
+            )
+            with (tmp_path / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(line + "\n")
+            return result
+
+        return wrapper
+
+    monkeypatch.setattr(models.Net, "forward", timed("forward", models.Net.forward))
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", timed("forward", torch.nn.functional.cross_entropy))
+    monkeypatch.setattr(torch.autograd, "grad", timed("backward", torch.autograd.grad))
+    monkeypatch.setattr(pflbench.local._SGD, "step", timed("optimiser", pflbench.local._SGD.step))
+    monkeypatch.setattr(executors.Work, "__call__", noted(executors.Work.__call__))
+
+    def total(steps):
+        """The seconds of all workers in `steps`: training of a round, and testing of the one before."""
+        lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+        lines = [line for line in lines if line["round"] in steps]
+        return {part: sum(line[part] for line in lines) for part in ("all", *spent)}
+
+    return total
+
+
+def test_where_the_time_goes(federation, rounds, benchmark, clocks, say, request):
+    """The loop's own cost is all but forward, backward and optimiser: batches, copies, pipes, averages, waiting."""
+    benchmark.group = "profile"
+    before = peaks()
+    with rounds(federation, algo="fedavg") as run:
+        run.round()
+        pairs = request.config.getoption("--pairs")
+        benchmark.pedantic(run.round, rounds=pairs)
+    spent = clocks(range(2, 2 + pairs))  # the step in which round 1 was tested has begun before
+    seconds = sum(benchmark.stats.stats.data)
+    useful = {part: spent[part] / (WORKERS * seconds) for part in ("forward", "backward", "optimiser")}
+    own = 1 - sum(useful.values())
+    training, testing = flops(models.build_model("cnn", (3, 32, 32), workload.CLASSES), 10)
+    n = [sum(len(getattr(c, part)) for c in federation.clients) for part in ("train", "test")]
+    achieved = pairs * (n[0] * training + n[1] * testing) / seconds / 1e9
+    gemm, conv = (max(pair) for pair in zip(before, peaks(), strict=True))
+    shares = ", ".join(f"{part} {share:.1%}" for part, share in useful.items())
+    say(f"of the time of {WORKERS} workers: {shares}, all else {own:.1%}")
+    say(
+        f"{achieved:.0f} GFLOP/s: {achieved / gemm:.0%} of the peak of matrix products ({gemm:.0f}), "
+        f"{achieved / conv:.0%} of that of convolutions ({conv:.0f})"
+    )
+    benchmark.extra_info.update(useful, own=own, gflops=achieved, gemm=gemm, conv=conv)
+
+
+@pytest.mark.parametrize("algo", ["fedavg", "fedas"])
+def test_utilisation_with_two_unequal_clients_a_round(algo, images, rounds, benchmark, say):
+    """FedAS's published setting: 2 of 20 take part. What one of them leaves idle, the other work of the round fills."""
+    benchmark.group = "2 of 20 clients a round"
+    with rounds(workload.federation(images), algo=algo, join_ratio=0.1) as run:
+        run.round()
+        benchmark.pedantic(run.round, rounds=12)
+        rows = run.rows[1:]
+    seconds = sum(benchmark.stats.stats.data)
+    busy = sum(row["busy_seconds"] for row in rows) / (WORKERS * seconds)
+    sizes = [sorted(len(run._federation.clients[c].train) for c in row["participants"]) for row in rows]
+    bound = sum(sum(pair) for pair in sizes) / sum(2 * max(pair) for pair in sizes)
+    say(f"{algo}: {busy:.0%} of {WORKERS} workers' time is work; training alone could fill {bound:.0%}")
+    benchmark.extra_info.update(busy=busy, training_alone=bound)

@@ -1,0 +1,25 @@
+"""A round of W, by every method, in turn with the plain loop."""
+
+import pytest
+
+from pflbench import registry
+
+
+@pytest.mark.parametrize("algo", sorted(registry.algorithms()))
+def test_round(algo, federation, rounds, benchmark, against_plain, no_slower, say, request):
+    benchmark.group = "a round of W"
+    with rounds(federation, algo=algo) as run:
+        run.round()  # the first includes the start
+        found = against_plain(run.round)
+        row = run.rows[-1]
+    trained = sum(len(c.train) for c in federation.clients)
+    passes = {way: row[way] / trained for way in ("forward", "backward")}
+    benchmark.extra_info.update(scale=request.config.getoption("--scale"), **passes)
+    seconds = benchmark.stats.stats.median
+    spread = f"{found['ratios'][0]:.2f}-{found['ratios'][-1]:.2f}"
+    say(
+        f"{algo:10} {seconds:6.2f} s a round, {found['ratio']:.2f} ({spread}) times as fast as the plain loop's "
+        f"{found['plain_seconds']:.2f} s; passes over the training data: {passes['forward']:.2f} forward, "
+        f"{passes['backward']:.2f} backward"
+    )
+    no_slower(found["ratio"])

@@ -1,0 +1,173 @@
+"""What the benchmarks share. None of it runs with the tests: `pytest tests/perf -o python_files='bench_*.py'` does."""
+
+import json
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import workload
+
+import pflbench
+
+HERE = Path(__file__).parent
+WORKERS = 2
+
+
+def pytest_addoption(parser):
+    parser.addoption("--scale", type=float, default=0.1, help="how much of W is computed: 1 is all of it")
+    parser.addoption("--pairs", type=int, default=5, help="how often the plain loop and pflbench take turns")
+    parser.addoption("--update-ratios", action="store_true", help="write ratios.json anew")
+
+
+class Rounds:
+    """A run of pflbench that waits after each round until the next is wanted."""
+
+    def __init__(self, federation, **settings):
+        defaults = {"local_epochs": 1, "batch_size": 10, "join_ratio": 1.0, "rounds": 1000}
+        self._spec = pflbench.RunSpec(clients=len(federation.clients), **{**defaults, **settings})
+        self._federation = federation
+        self._go, self._done = queue.Queue(), queue.Queue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.rows = []
+
+    def _run(self):
+        def pause(row):
+            self.rows.append(row)
+            self._done.put(None)
+            if self._go.get():
+                raise KeyboardInterrupt
+
+        try:
+            self._go.get()
+            pflbench.run(self._spec, self._federation, workers=WORKERS, on_round=pause)
+        except KeyboardInterrupt:
+            pass
+        except BaseException as error:
+            self._done.put(error)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._go.put("stop")
+        self._thread.join()
+
+    def round(self):
+        """Compute until the next round's line is there: one round's training beside one round's evaluation."""
+        self._go.put(None)
+        error = self._done.get()
+        if error is not None:
+            raise error
+
+
+class Plain:
+    """The plain loop, in a process of its own."""
+
+    def __init__(self, images):
+        command = [sys.executable, str(HERE / "plain.py"), str(images)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.round()
+
+    def round(self):
+        """Return the seconds of a round."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def images(request):
+    return int(workload.FULL * request.config.getoption("--scale"))
+
+
+@pytest.fixture(scope="session")
+def federation(images):
+    return workload.federation(images)
+
+
+@pytest.fixture(scope="session")
+def plain(images):
+    loop = Plain(images)
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def rounds():
+    return Rounds
+
+
+@pytest.fixture
+def against_plain(benchmark, plain, request):
+    """Time `target` in turn with the plain loop's round; return how many times as fast it is, the median of pairs."""
+
+    def measure(target):
+        pairs = request.config.getoption("--pairs")
+        theirs, ours = [], []
+
+        def timed():
+            began = time.perf_counter()
+            target()
+            ours.append(time.perf_counter() - began)
+
+        benchmark.pedantic(timed, setup=lambda: theirs.append(plain.round()), rounds=pairs)
+        ratios = sorted(a / b for a, b in zip(theirs, ours, strict=True))
+        found = {"plain_seconds": statistics.median(theirs), "ratio": statistics.median(ratios), "ratios": ratios}
+        benchmark.extra_info.update(found)
+        return found
+
+    return measure
+
+
+@pytest.fixture
+def say(capsys):
+    """Print past pytest's capture."""
+
+    def line(text):
+        with capsys.disabled():
+            print(f"\n  {text}", end="")
+
+    return line
+
+
+@pytest.fixture
+def no_slower(request, benchmark):
+    """Fail when `ratio` is below the committed one, or the last run's on this machine, by more than the tolerance."""
+    path = HERE / "ratios.json"
+    committed = json.loads(path.read_text())
+    name = request.node.name
+
+    def check(ratio):
+        if request.config.getoption("--update-ratios"):
+            committed["ratios"][name] = round(ratio, 2)
+            path.write_text(json.dumps(committed, indent=2) + "\n")
+            return
+        wanted = {"committed": committed["ratios"].get(name), "last run's": last(request.config, name)}
+        least = 1 - committed["tolerance"]
+        slower = [f"the {who} was {r:.2f}" for who, r in wanted.items() if r is not None and ratio < least * r]
+        if slower:
+            tolerated = f"tolerance {committed['tolerance']:.0%}"
+            pytest.fail(
+                f"{name} got slower: {ratio:.2f} times as fast as the plain loop; {', '.join(slower)} ({tolerated})"
+            )
+
+    return check
+
+
+def last(config, name):
+    """Return the ratio of benchmark `name` in the newest saved run of this machine, at the same scale, or None."""
+    for _, data in reversed(list(config._benchmarksession.storage.load())):
+        for found in data["benchmarks"]:
+            if found["name"] == name and found["extra_info"].get("scale") == config.getoption("--scale"):
+                return found["extra_info"]["ratio"]
+    return None
