@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,8 @@ from pflbench.errors import RunError
 from pflbench.params import State
 
 KEEP = 2
+LOGS = ("rounds.jsonl", "clients.jsonl")
+_STATE = re.compile(r"(initial|server-\d{6,}|\d{6,}-\d{6,})\.safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,10 @@ class Checkpoint:
             if hashlib.sha256(outer["content"].encode()).hexdigest() != outer["sha256"]:
                 raise ValueError
             found: dict[str, Any] = json.loads(outer["content"])
+            found_files = [found["server"]["file"], found["initial"]["file"]]
+            found_files += [saved["file"] for saved in found["clients"].values()]
+            if not (all(map(_STATE.fullmatch, found_files)) and found["logs"].keys() == set(LOGS)):
+                raise ValueError  # a name such as ../x would lead out of the folder
             return cls(
                 found["round"],
                 Saved(**found["server"]),

@@ -27,7 +27,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pflbench.checkpoint import Checkpoint, ClientStates, Saved, checkpoints, digest, load_state, save_state, writing
+from pflbench.checkpoint import (
+    LOGS,
+    Checkpoint,
+    ClientStates,
+    Saved,
+    checkpoints,
+    digest,
+    load_state,
+    save_state,
+    writing,
+)
 from pflbench.errors import RunError, UsageError
 from pflbench.params import State
 from pflbench.spec import RunSpec
@@ -36,7 +46,6 @@ if TYPE_CHECKING:
     from pflbench.algorithm import Algorithm
 
 SCHEMA = 1
-_LOGS = ("rounds.jsonl", "clients.jsonl")
 _TIMES = ("seconds", "busy_seconds")
 
 
@@ -159,7 +168,7 @@ class Writer:
         self._final = out / record.id
         self._partial = out / f"{record.id}.partial"
         self.states = self._partial / "checkpoint"
-        self._logs = {name: (0, hashlib.sha256()) for name in _LOGS}
+        self._logs = {name: (0, hashlib.sha256()) for name in LOGS}
         self._known: set[str] = set()
         self._server: tuple[int, Saved] | None = None  # the newest that was written, and its round
 
@@ -282,7 +291,7 @@ class Writer:
         import pyarrow.parquet as pq
 
         record = self._record
-        for name in _LOGS:
+        for name in LOGS:
             self._append(name, [])
         named = self._checkpoint(len(record.rounds), None)
         for superseded in checkpoints(self.states)[1:]:

@@ -1,11 +1,15 @@
 """Runs that are killed, and go on."""
 
+import ctypes
+import hashlib
 import json
 import multiprocessing
+import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -26,11 +30,11 @@ FORK = multiprocessing.get_context("fork")
 def start(toy, tmp_path):
     """Run a method on a toy federation, into a folder by name."""
 
-    def run(algo, out, **settings):
+    def run(algo, out, rounds=8, **settings):
         algo, _, alignment = algo.partition(" ")
         federation = toy.federation((9, 4, 7, 6, 5))
         hyper = {"alignment": alignment} if alignment else {}
-        spec = toy.spec(algo, hyper, clients=5, join_ratio=0.4, rounds=8, shuffle=True, eval_every=2)
+        spec = toy.spec(algo, hyper, clients=5, join_ratio=0.4, rounds=rounds, shuffle=True, eval_every=2)
         settings = {"executor": "serial", **settings}
         return pflbench.run(spec, federation, toy.net(), out=tmp_path / out, **settings)
 
@@ -207,6 +211,114 @@ def test_a_state_that_cannot_be_written_is_one_clear_line_and_what_was_written_i
     notices = []
     assert result(start("fedas", "out", resume=True, notice=notices.append)) == whole
     assert any("resuming run" in text for text in notices)
+
+
+def test_a_full_disk_is_one_clear_line_and_what_was_written_is_good(start, tmp_path):
+    whole = result(start("fedas", "whole"))
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    out.mkdir()
+
+    def filled(pipe):
+        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS: mounts of its own, which end with it
+            pipe.send(("skip", "mounts need privileges here"))
+            return
+        for command in ("mount --make-rprivate /", f"mount -t tmpfs -o size=44k none {out}"):
+            if subprocess.run(command.split(), capture_output=True, check=False).returncode:
+                pipe.send(("skip", f"{command} fails here"))
+                return
+        try:
+            forked(start, "fedas", "out")
+        except BaseException as error:
+            pipe.send((type(error).__name__, str(error)))
+        shutil.copytree(out, kept)
+
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=filled, args=(theirs,))
+    child.start()
+    child.join(60)
+    assert ours.poll(), "the child sent no error"
+    kind, message = ours.recv()
+    if kind == "skip":
+        pytest.skip(message)
+    assert kind == "RunError"
+    assert "\n" not in message
+    assert "No space left on device" in message
+    assert "--resume" in message
+    notices = []
+    assert result(start("fedas", "kept", resume=True, notice=notices.append)) == whole
+    assert any("resuming run" in text for text in notices)
+
+
+def kill_at(number, folder):
+    """Have this process killed by SIGKILL when it is about to do its `number`th change below `folder`."""
+    seen = 0
+
+    def hook(event, args):
+        nonlocal seen
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+        if not writes and event not in (
+            "os.rename",
+            "os.remove",
+            "os.truncate",
+            "os.mkdir",
+            "os.rmdir",
+            "shutil.rmtree",
+        ):
+            return
+        if os.fsdecode(args[0]).startswith(str(folder)):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_never_was(start, tmp_path, every):
+    """One process for each file that is opened, renamed or removed, which it is killed at; then it is resumed."""
+    whole = result(start("fedas", "whole", rounds=3))
+
+    def killed(number):
+        kill_at(number, tmp_path / "out")
+        forked(start, "fedas", "out", checkpoint_every=every, rounds=3)
+
+    number = 0
+    while True:
+        number += 1
+        child = FORK.Process(target=killed, args=(number,))
+        child.start()
+        child.join(60)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        assert result(start("fedas", "out", resume=True, rounds=3)) == whole, f"killed at change {number}"
+        shutil.rmtree(tmp_path / "out")
+        if child.exitcode == 0:
+            break
+    assert number > 30
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/hostname", "a/../../victim", ".."])
+@pytest.mark.parametrize("where", ["server", "clients", "logs"])
+def test_a_checkpoint_that_names_files_elsewhere_is_refused_and_they_are_not_touched(start, tmp_path, where, name):
+    """Its own hashes are right: whoever wrote it could compute them."""
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    victim = tmp_path / "out" / "victim"
+    victim.write_text("something of value\n")
+    for path in checkpoints(folder):
+        outer = json.loads(path.read_text())
+        content = json.loads(outer["content"])
+        forged = hashlib.sha256(victim.read_bytes()[:9]).hexdigest()
+        if where == "logs":
+            content["logs"][name] = (9, forged)
+        elif where == "server":
+            content["server"] = {"file": name, "sha256": forged}
+        else:
+            content["clients"]["1"] = {"file": name, "sha256": forged}
+        text = json.dumps(content)
+        path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+    with pytest.raises(RunError, match="no checkpoint that can be used"):
+        start("fedas", "out", resume=True)
+    assert victim.read_text() == "something of value\n"
 
 
 def test_nothing_in_a_run_folder_is_unpickled(start, tmp_path):
