@@ -192,7 +192,8 @@ def describe(algorithm: str) -> None:
 def partition(config: str | None, data_dir: str | None, out: str | None, as_json: bool, **given: Any) -> None:
     """Show who gets which samples, and draw it, without training.
 
-    Writes FOLDER/<content hash>/ with partition.png, partition.svg, counts.csv and the sample numbers, indices.npz.
+    Writes partition.png, partition.svg, counts.csv and the sample numbers, indices.npz, to FOLDER/<hashes of partition
+    and dataset>/.
     """
     from pflbench.partitions import show
 

@@ -1,6 +1,9 @@
 """A toy for the tests of methods: a tiny federation and network, and the same network written out in plain tensors."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,6 +168,26 @@ class Toy:
 
     def head(self, p: Params) -> Params:
         return {k: t for k, t in p.items() if k in HEAD}
+
+
+@pytest.fixture(scope="session")
+def pip_install() -> Callable[[Path, Path], None]:
+    """Install a wheel or a source folder into a folder, without the network."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--root-user-action=ignore",
+    ]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+
+    def install(source: Path, target: Path) -> None:
+        subprocess.run([*pip, *offline, "--target", target, source], check=True, capture_output=True, text=True)
+
+    return install
 
 
 @pytest.fixture(scope="session")

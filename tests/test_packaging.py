@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -37,19 +38,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory, pip_install: Callable[..., None]) -> Path:
     """A folder with the wheel installed, and nothing else."""
     target = tmp_path_factory.mktemp("site")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-        "--root-user-action=ignore",
-    ]
-    subprocess.run([*pip, "--no-index", "--no-deps", "--target", target, wheel], check=True, capture_output=True)
+    pip_install(wheel, target)
     return target
 
 

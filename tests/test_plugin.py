@@ -23,27 +23,17 @@ EXAMPLE = Path(__file__).parent / "plugin_example"
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 
 
-def install(source: Path, target: Path) -> Path:
+def install(pip_install: Callable[..., None], source: Path, target: Path) -> Path:
     """Install the package in `source`, of which a copy is built: building writes into the source."""
     copy = target.with_name(target.name + "-source")
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-        "--root-user-action=ignore",
-    ]
-    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", target]
-    subprocess.run([*pip, *offline, copy], check=True, capture_output=True, text=True)
+    pip_install(copy, target)
     return target
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(EXAMPLE, tmp_path_factory.mktemp("plugin") / "site")
+def installed(tmp_path_factory: pytest.TempPathFactory, pip_install: Callable[..., None]) -> Path:
+    return install(pip_install, EXAMPLE, tmp_path_factory.mktemp("plugin") / "site")
 
 
 @pytest.fixture
