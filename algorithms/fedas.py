@@ -95,5 +95,6 @@ def fisher_trace(local: Local, model: Params) -> float:
     """Return the trace of the empirical Fisher information of `model`, over batches of the training data."""
     trace = torch.zeros((), dtype=torch.float64)
     for x, y in local.batches(purpose="fisher"):
-        trace += sum(g.double().square().sum() for g in local.grad(model, x, y).values())
+        for g in local.grad(model, x, y).values():
+            trace += torch.dot(g.flatten(), g.flatten())
     return float(trace)

@@ -13,7 +13,7 @@ import workload
 from torch.utils.flop_counter import FlopCounterMode
 
 import pflbench.local
-from pflbench import executors, models
+from pflbench import executors, models, record
 
 HERE = Path(__file__).parent
 WORKERS = 2
@@ -40,7 +40,7 @@ def flops(net, batch):
 @pytest.fixture
 def clocks(monkeypatch, tmp_path):
     """Time forward, backward and optimiser in the workers; return a function that sums up what they noted."""
-    spent = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0}
+    spent = {"forward": 0.0, "backward": 0.0, "optimiser": 0.0, "states": 0.0}
 
     def timed(part, function):
         def wrapper(*args, **kwargs):
@@ -69,6 +69,7 @@ def clocks(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", timed("forward", torch.nn.functional.cross_entropy))
     monkeypatch.setattr(torch.autograd, "grad", timed("backward", torch.autograd.grad))
     monkeypatch.setattr(pflbench.local._SGD, "step", timed("optimiser", pflbench.local._SGD.step))
+    monkeypatch.setattr(executors, "save_state", timed("states", executors.save_state))
     monkeypatch.setattr(executors.Work, "__call__", noted(executors.Work.__call__))
 
     def total(steps):
@@ -103,6 +104,32 @@ def test_where_the_time_goes(federation, rounds, benchmark, clocks, say, request
         f"{achieved / conv:.0%} of that of convolutions ({conv:.0f})"
     )
     benchmark.extra_info.update(useful, own=own, gflops=achieved, gemm=gemm, conv=conv)
+
+
+def test_what_checkpoints_cost(federation, rounds, benchmark, clocks, say, request, monkeypatch, tmp_path):
+    """FedAS with a checkpoint every round; every client's whole model is its state, and all take part."""
+    benchmark.group = "checkpoints"
+    written = []
+
+    def timed(function):
+        def wrapper(*args):
+            began = time.perf_counter()
+            function(*args)
+            written.append(time.perf_counter() - began)
+
+        return wrapper
+
+    for name in ("add_round", "checkpoint"):
+        monkeypatch.setattr(record.Writer, name, timed(getattr(record.Writer, name)))
+    with rounds(federation, algo="fedas", out=tmp_path / "runs") as run:
+        run.round()
+        written.clear()
+        pairs = request.config.getoption("--pairs")
+        benchmark.pedantic(run.round, rounds=pairs)
+    seconds = sum(benchmark.stats.stats.data)
+    share = (sum(written) + clocks(range(2, 2 + pairs))["states"] / WORKERS) / seconds
+    say(f"checkpoints: {share:.1%} of a round of FedAS")
+    benchmark.extra_info.update(share=share)
 
 
 @pytest.mark.parametrize("algo", ["fedavg", "fedas"])

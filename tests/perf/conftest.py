@@ -27,10 +27,11 @@ def pytest_addoption(parser):
 class Rounds:
     """A run of pflbench that waits after each round until the next is wanted."""
 
-    def __init__(self, federation, **settings):
+    def __init__(self, federation, out=None, **settings):
         defaults = {"local_epochs": 1, "batch_size": 10, "join_ratio": 1.0, "rounds": 1000}
         self._spec = pflbench.RunSpec(clients=len(federation.clients), **{**defaults, **settings})
         self._federation = federation
+        self._out = out
         self._go, self._done = queue.Queue(), queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.rows = []
@@ -44,7 +45,7 @@ class Rounds:
 
         try:
             self._go.get()
-            pflbench.run(self._spec, self._federation, workers=WORKERS, on_round=pause)
+            pflbench.run(self._spec, self._federation, workers=WORKERS, out=self._out, on_round=pause)
         except KeyboardInterrupt:
             pass
         except BaseException as error:
