@@ -1,5 +1,6 @@
 """The command line. Torch and everything heavy is imported when a command needs it, not before."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pflbench.spec import MODELS, RunSpec
 
 if TYPE_CHECKING:
     from pflbench.record import Record
+    from pflbench.sweep import Suite
 
 Command = Callable[..., None]
 _DATA_SETTINGS = (
@@ -32,8 +34,11 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _spec_options(names: tuple[str, ...] | None = None) -> Callable[[Command], Command]:
-    """Return a decorator that adds an option for each setting of `RunSpec` (or for `names` only)."""
+def _spec_options(names: tuple[str, ...] | None = None, *, many: bool = False) -> Callable[[Command], Command]:
+    """Return a decorator that adds an option for each setting of `RunSpec` (or for `names` only).
+
+    With `many` each may be repeated, and has a value where `run` has a flag.
+    """
 
     def add(command: Command) -> Command:
         known = options.fields(RunSpec)
@@ -44,7 +49,9 @@ def _spec_options(names: tuple[str, ...] | None = None) -> Callable[[Command], C
             limits = options.bounds(field).replace(", given", "")
             text = f"{field.metadata['doc']}{f'; {limits}' if limits else ''}{default}"
             flag = "--" + name.replace("_", "-")
-            if kind is bool:
+            if many:
+                command = click.option(flag, name, metavar=kind.__name__.upper(), multiple=True, help=text)(command)
+            elif kind is bool:
                 command = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)(command)
             else:
                 command = click.option(flag, name, metavar=kind.__name__.upper(), default=None, help=text)(command)
@@ -203,6 +210,81 @@ def partition(config: str | None, data_dir: str | None, out: str | None, as_json
     show(spec, folder, _folder("data_dir", data_dir), _notice, as_json=as_json)
 
 
+@cli.command()
+@click.argument("suite", required=False)
+@_spec_options(many=True)
+@click.option("--jobs", metavar="INT", help="runs at once, of one worker each  [default: one per core]")
+@click.option("--out", metavar="FOLDER", help="where records are written  [default: runs]")
+@_data_option
+@click.option("--dry-run", is_flag=True, help="print the plan, and stop")
+@click.option("--quiet", is_flag=True, help="no progress")
+@_json_option
+def sweep(
+    suite: str | None,
+    jobs: str | None,
+    out: str | None,
+    data_dir: str | None,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: tuple[str, ...],
+) -> None:
+    """Run a grid: SUITE, a TOML file or a ready suite, and every combination of the options, which may be repeated.
+
+    Runs that are there already are not done again; a sweep that was interrupted is started again to go on.
+    """
+    from pflbench import sweep as sweeps
+    from pflbench.executors import cores
+    from pflbench.progress import Sweeping
+
+    grid = {name: list(values) for name, values in given.items() if values}
+    chosen = sweeps.Suite() if suite is None else _suite(suite)
+    chosen = dataclasses.replace(chosen, grid={**chosen.grid, **grid})
+    if not chosen.grid and not chosen.include:
+        raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
+    folder = _folder("out", out) or Path("runs")
+    count = cores() if jobs is None else _integer("jobs", jobs)
+    if count < 1:
+        raise UsageError(f"jobs: {count} is out of bounds; it must be >= 1")
+    data = _folder("data_dir", data_dir)
+    specs = sweeps.plan(chosen.specs(), data, _notice, download=not dry_run)
+    found = {spec.id: sweeps.status(spec, folder) for spec in specs}
+    missing = sum(status is None for status in found.values())
+    if dry_run:
+        if as_json:
+            click.echo(json.dumps([{"id": s.id, "status": found[s.id], "spec": s.to_dict()} for s in specs]))
+            return
+        for spec, label in zip(specs, sweeps.labels(specs), strict=True):
+            click.echo(f"{spec.id}  {found[spec.id] or 'to do'}  {label}")
+        click.echo(f"{len(specs)} runs: {len(specs) - missing} are there, {missing} to do")
+        return
+    from pflbench.record import check_out
+
+    check_out(folder)
+    with Sweeping(specs, found, quiet=quiet or as_json) as progress:
+        failed = sweeps.run(specs, folder, jobs=count, data_dir=data, on_event=progress.event)
+    if as_json:
+        ended = {spec.id: sweeps.status(spec, folder) for spec in specs}
+        click.echo(
+            json.dumps({"runs": len(specs), "computed": missing, "status": {**ended, **failed}, "failed": failed})
+        )
+    for label, spec in zip(sweeps.labels(specs), specs, strict=True):
+        if spec.id in failed:
+            click.echo(f"failed: {spec.id} {label}: {failed[spec.id]}", err=True)
+    if failed:
+        raise PflbenchError(f"{len(failed)} of {len(specs)} runs failed")
+
+
+def _suite(name: str) -> "Suite":
+    from pflbench import sweep as sweeps
+
+    ready = sweeps.suites()
+    path = ready.get(name, Path(name))
+    if name not in ready and not path.suffix:
+        raise unknown("suite", name, ready)
+    return sweeps.Suite.from_toml(_toml(path, "suite"), path)
+
+
 def _settings(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of file `config`, overridden by those `given` on the command line."""
     allowed = (*options.fields(RunSpec), *_OWN, "set")
@@ -213,16 +295,19 @@ def _settings(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
     return values | {name: value for name, value in given.items() if value is not None}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _toml(path: Path, noun: str) -> dict[str, Any]:
     import tomllib
 
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"config: cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"{noun}: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UsageError(f"config: {path} is not a TOML file: {str(error).splitlines()[0]}") from None
-    values = _underscored(values, path)
+        raise UsageError(f"{noun}: {path} is not a TOML file: {str(error).splitlines()[0]}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    values = _underscored(_toml(path, "config"), path)
     if not isinstance(values.get("set", {}), dict):
         raise UsageError(f"config: {path}: set must be a table of hyperparameters, [set]")
     if "set" in values:

@@ -20,6 +20,10 @@ class RunError(PflbenchError):
     """A run that had begun cannot go on: a worker died, the record is locked by another process."""
 
 
+class RunBusy(RunError):  # noqa: N818
+    """Another process computes the same run."""
+
+
 class Diverged(RunError):  # noqa: N818
     """Training left the finite numbers. The message names the round, the client and the quantity."""
 

@@ -1,5 +1,6 @@
 """What a run shows while it goes on, and when it is done."""
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from pflbench.record import Record
 from pflbench.spec import RunSpec
+from pflbench.sweep import Event, labels
 
 
 class Progress:
@@ -61,6 +63,59 @@ class Progress:
         if self._bar.disable and not self._quiet:
             done = f"round {row['round']}/{self._rounds}  accuracy {self._accuracy or '-'}  {row['seconds']:.1f} s"
             self._console.print(done, highlight=False, soft_wrap=True)
+
+
+class Sweeping:
+    """One display for all runs of a sweep: a bar over their rounds, and a line for each run that ends."""
+
+    def __init__(self, specs: Sequence[RunSpec], found: Mapping[str, str | None], *, quiet: bool) -> None:
+        self._label = {spec.id: text for spec, text in zip(specs, labels(specs), strict=True)}
+        self._left = [spec for spec in specs if found[spec.id] is None]
+        self._accuracy: dict[str, float] = {}
+        self._ended = 0
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar = Bar(
+            TextColumn("runs {task.fields[runs]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        if not quiet:
+            self._print(f"{len(specs)} runs: {len(specs) - len(self._left)} are there, {len(self._left)} to do")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        total = sum(spec.rounds for spec in self._left)
+        self._task = self._bar.add_task("", total=total, runs=f"0/{len(self._left)}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def event(self, event: Event) -> None:
+        """Show what happened to a run."""
+        run = event.spec.id
+        if event.kind == "started":
+            self._bar.start()  # a thread: after the first fork
+        elif event.kind == "round":
+            assert event.row is not None  # noqa: S101
+            self._accuracy[run] = event.row.get("accuracy", self._accuracy.get(run))
+            self._bar.advance(self._task)
+        else:
+            self._ended += 1
+            self._bar.update(self._task, runs=f"{self._ended}/{len(self._left)}")
+            if not self._quiet and event.kind != "there":
+                how = percent(self._accuracy.get(run)) if event.kind == "done" else f"failed: {event.reason}"
+                self._print(f"{self._ended}/{len(self._left)}  {run}  {self._label[run]}  {how}")
 
 
 def percent(value: float | None) -> str:

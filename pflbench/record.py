@@ -38,11 +38,13 @@ from pflbench.checkpoint import (
     save_state,
     writing,
 )
-from pflbench.errors import RunError, UsageError
+from pflbench.errors import RunBusy, RunError, UsageError
 from pflbench.params import State
 from pflbench.spec import RunSpec
 
 if TYPE_CHECKING:
+    import filelock
+
     from pflbench.algorithm import Algorithm
 
 SCHEMA = 1
@@ -178,13 +180,10 @@ class Writer:
         import filelock
 
         try:
-            locks = self._final.parent / ".locks"
-            with writing(locks):
-                locks.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(locks / self._record.id).acquire(timeout=0):
+            with _lock(self._final.parent, self._record.id).acquire(timeout=0):
                 yield
         except filelock.Timeout:
-            raise RunError(f"run {self._record.id} is being computed by another process; wait for it to end") from None
+            raise RunBusy(f"run {self._record.id} is being computed by another process; wait for it to end") from None
 
     def start(
         self, initial: State, *, resume: bool, notice: Callable[[str], None]
@@ -333,6 +332,26 @@ class Writer:
         (self._final / "clients.jsonl").unlink(missing_ok=True)
         if old.exists():
             shutil.rmtree(old)
+
+
+def _lock(out: Path, run: str) -> "filelock.BaseFileLock":
+    import filelock
+
+    locks = out / ".locks"
+    with writing(locks):
+        locks.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(locks / run)
+
+
+def is_busy(out: Path, run: str) -> bool:
+    """Return whether a process computes the run with this id now."""
+    import filelock
+
+    try:
+        with _lock(out, run).acquire(timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def check_out(out: Path) -> None:

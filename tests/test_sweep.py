@@ -1,0 +1,178 @@
+"""Sweeps: what a suite means, and that every run of it is done once, whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pflbench import RunSpec, UsageError
+from pflbench.sweep import Suite, labels, suites
+
+PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
+
+
+def made(**tables):
+    return [(s.algo, s.alpha, s.seed) for s in Suite.from_toml(tables, Path("suite.toml")).specs()]
+
+
+def test_the_grid_is_every_combination_and_includes_and_excludes_are_applied():
+    found = made(
+        base={"alpha": 0.5, "clients": 30},
+        grid={"algo": ["fedavg", "fedper"], "seed": [0, 1]},
+        include=[{"algo": "fedas", "alpha": 5.0}, {"algo": "fedavg", "seed": 0}],
+        exclude=[{"algo": "fedper", "seed": 1}],
+    )
+    assert found == [("fedavg", 0.5, 0), ("fedavg", 0.5, 1), ("fedper", 0.5, 0), ("fedas", 5.0, 0)]
+
+
+def test_a_methods_settings_override_the_base_and_its_set_is_of_hyperparameters():
+    specs = Suite.from_toml(
+        {
+            "base": {"local-epochs": 3},
+            "grid": {"algo": ["fedavg", "fedas"]},
+            "algorithm": {"fedas": {"local-epochs": 1, "set": {"align-lr": 0.5}}},
+            "include": [{"algo": "fedas", "set": {"alignment": "off"}}],
+        },
+        Path("suite.toml"),
+    ).specs()
+    assert [s.local_epochs for s in specs] == [3, 1, 3]
+    assert [dict(s.hyperparameters) for s in specs] == [{}, {"align_lr": 0.5}, {"alignment": "off"}]
+
+
+@pytest.mark.parametrize(
+    ("tables", "value", "remedy"),
+    [
+        ({"gird": {}}, "'gird'", "did you mean 'grid'?"),
+        ({"grid": []}, "grid", "a table, [grid]"),
+        ({"include": {}}, "include", "tables, [[include]]"),
+        ({"include": [3]}, "3", "not a table"),
+        ({"grid": {"algo": "fedavg"}}, "algo", "a list of values"),
+        ({"grid": {"algo": []}}, "algo", "a list of values"),
+        ({"grid": {"alhpa": [1.0]}}, "'alhpa'", "did you mean 'alpha'?"),
+        ({"grid": {"alpha": [0]}}, "alpha: 0", "must be > 0"),
+        ({"grid": {"alpha": [1.0]}, "exclude": [{"aplha": 1.0}]}, "'aplha'", "did you mean 'alpha'?"),
+        ({"grid": {"seed": [1]}, "base": {"ronds": 3}}, "'ronds'", "did you mean 'rounds'?"),
+    ],
+)
+def test_what_a_suite_cannot_mean_is_one_clear_line(tables, value, remedy):
+    with pytest.raises(UsageError) as caught:
+        Suite.from_toml(tables, Path("suite.toml")).specs()
+    message = str(caught.value)
+    assert value in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("name", "runs"), [("quick", 36), ("paper-cifar10", 90), ("paper-cifar100", 90)])
+def test_the_ready_suites_are_what_their_names_say(name, runs):
+    import tomllib
+
+    path = suites()[name]
+    specs = Suite.from_toml(tomllib.loads(path.read_text()), path).specs()
+    assert len({s.id for s in specs}) == len(specs) == runs
+    assert {s.seed for s in specs} == {0, 1, 2}
+    assert all(s.dataset == (name.removeprefix("paper-") if "-" in name else "synthetic10") for s in specs)
+
+
+def test_labels_name_what_differs():
+    specs = [
+        RunSpec(algo="fedavg", seed=0),
+        RunSpec(algo="fedas", seed=1, hyperparameters={"alignment": "off", "align_lr": 0.1}),
+        RunSpec(algo="fedas", seed=1, hyperparameters={"alignment": "own-copy", "align_lr": 0.1}),
+    ]
+    assert labels(specs) == ["fedavg seed 0", "fedas seed 1 alignment off", "fedas seed 1 alignment own-copy"]
+
+
+@pytest.fixture
+def call(tmp_path):
+    """`pflbench sweep` over a small folder of images; returns the started process."""
+    draw = np.random.RandomState(0)
+    for part, n in (("train", 30), ("test", 10)):
+        for name, low in (("dark", 0), ("light", 100)):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(draw.randint(low, low + 156, (8, 8, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    base = f"dataset = 'folder:{tmp_path}/images'\nmodel = 'mlp'\nclients = 3\nmin-samples = 4\njoin-ratio = 1.0"
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f"[base]\n{base}\nlocal-epochs = 1\nrounds = 6\nalpha = 5.0\n")
+
+    def start(*args, executable=PFLBENCH):
+        command = [str(executable), "sweep", str(suite), "--out", "runs", "--data-dir", str(tmp_path / "data"), *args]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True)
+
+    return start
+
+
+def end(process, seconds=120):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+GRID = ["--algo", "fedavg", "--algo", "local", "--seed", "0", "--seed", "1"]
+
+
+def records(folder):
+    return {p.parent.name: p.stat().st_mtime_ns for p in Path(folder).glob("*/run.json") if "." not in p.parent.name}
+
+
+def test_a_plan_is_shown_a_failing_run_stops_no_other_and_what_is_done_is_not_done_again(call, tmp_path):
+    code, out, _ = end(call(*GRID, "--lr", "0.01", "--lr", "1e30", "--dry-run"))
+    assert code == 0
+    assert "8 runs: 0 are there, 8 to do" in out
+    assert not (tmp_path / "runs").exists()
+    code, out, err = end(call(*GRID, "--lr", "0.01", "--lr", "1e30"))
+    assert code == 1
+    assert out == ""
+    failed = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 4
+    assert all("lr 1e+30" in line and "diverged: round 1: client" in line for line in failed)
+    assert err.splitlines()[-1] == "Error: 4 of 8 runs failed"
+    before = records(tmp_path / "runs")
+    assert len(before) == 8
+    code, out, err = end(call(*GRID, "--lr", "0.01", "--lr", "1e30", "--json"))
+    found = json.loads(out)
+    assert (code, found["runs"], found["computed"], len(found["failed"])) == (1, 8, 0, 4)
+    assert records(tmp_path / "runs") == before
+    code, out, err = end(call(*GRID, "--lr", "0.01"))
+    assert (code, err.splitlines()) == (0, ["4 runs: 4 are there, 0 to do"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills")
+def test_a_killed_sweep_goes_on_with_what_is_left_and_ends_with_the_same_numbers(call, tmp_path):
+    assert end(call(*GRID, "--out", "whole"))[0] == 0
+    sweep = call(*GRID, "--jobs", "1")
+    while len(records(tmp_path / "runs")) < 2:
+        time.sleep(0.01)
+        assert sweep.poll() is None
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.communicate()
+    before = records(tmp_path / "runs")
+    code, _, _ = end(call(*GRID))
+    assert code == 0
+    after = records(tmp_path / "runs")
+    assert len(after) == 4
+    assert {run: after[run] for run in before} == before
+    for run in after:
+        one, other = (json.loads((tmp_path / f / run / "run.json").read_text()) for f in ("whole", "runs"))
+        assert one["fingerprints"] == other["fingerprints"]
+
+
+def test_two_sweeps_at_once_share_the_work_and_do_no_run_twice(call, tmp_path):
+    seeds = [part for seed in range(2, 6) for part in ("--seed", str(seed))]
+    sweeps = [call(*GRID, *seeds, "--jobs", "1") for _ in range(2)]
+    ended = [end(s) for s in sweeps]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    runs = records(tmp_path / "runs")
+    assert len(runs) == 12
+    done = [line.split()[1] for _, _, err in ended for line in err.splitlines()[1:]]
+    assert sorted(done) == sorted(runs)
