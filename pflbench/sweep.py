@@ -101,7 +101,7 @@ def _plain(values: Any, where: Path) -> dict[str, Any]:
 class Event:
     """What happened to a run.
 
-    `kind` is "started", "round" (with its line), "done", "failed" (with the reason), or "there" when another sweep did it.
+    `kind` is "started", "round" (with its line), "done", "failed" (with the reason), or "there": another sweep did it.
     """
 
     kind: str
