@@ -146,6 +146,8 @@ class Checkpoint:
             found_files += [saved["file"] for saved in found["clients"].values()]
             if not (all(map(_STATE.fullmatch, found_files)) and found["logs"].keys() == set(LOGS)):
                 raise ValueError  # a name such as ../x would lead out of the folder
+            if found["round"] != int(path.stem):
+                raise ValueError
             return cls(
                 found["round"],
                 Saved(**found["server"]),
@@ -178,7 +180,7 @@ class Checkpoint:
                 found = path.read_bytes()[:length]
             except OSError:
                 found = b""
-            if hashlib.sha256(found).hexdigest() != sha:
+            if hashlib.sha256(found).hexdigest() != sha or length not in (None, len(found)):
                 raise RunError(f"{path} is missing or damaged")
 
 

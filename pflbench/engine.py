@@ -74,7 +74,8 @@ def run(
     if spec.precision == "bf16":
         if others := {str(t.dtype) for t in initial.values()} - {"torch.float32"}:
             raise UsageError(f"precision: bf16 needs a float32 network; this one has {', '.join(sorted(others))}")
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             notice("this processor has no bf16 instructions: bf16 will take several times as long as fp32")
     record = Record(spec, versions=versions(), machine=machine(executor, workers))
     record.fingerprints = {
@@ -100,8 +101,8 @@ def run(
         work = Work(spec, algorithm, federation, net, writer.states)
         with one_thread(), EXECUTORS[executor](work, workers) as pool:
             on_start(spec)
-            _Loop(record, algorithm, pool, on_round, writer).run(untested)
-        writer.finish()
+            untested = _Loop(record, algorithm, pool, on_round, writer).run(untested)
+        writer.finish(untested)
     return record
 
 
@@ -129,8 +130,12 @@ class _Loop:
         self._writer = writer
         self._last: dict[int, evaluate.Score] = {}
 
-    def run(self, untested: Row | None) -> None:
-        """Run what is missing after the rounds in the record and the one that is `untested`."""
+    def run(self, untested: Row | None) -> Row | None:
+        """Run what is missing after the rounds in the record and the one that is `untested`.
+
+        Returns the line of the last round if its evaluation diverged; it is no line of the record then, but the final
+        states are those that were tested.
+        """
         record = self._record
         number = len(record.rounds) + (untested is not None)
         try:
@@ -141,6 +146,7 @@ class _Loop:
         except Diverged as error:
             record.status, record.reason = "diverged", str(error)
         record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
+        return untested if untested is not None and len(record.rounds) < untested["round"] else None
 
     def _step(self, number: int, untested: Row | None) -> Row | None:
         """Test the clients after round `number` if it is `untested`, and train the next round if there is one.
@@ -151,18 +157,21 @@ class _Loop:
         record, spec = self._record, self._record.spec
         chosen = participants(spec, number + 1) if number < spec.rounds else []
         tests = [] if untested is None else self._tasks(number, range(spec.clients), record.server, test=True)
-        scores, trained, sent = self._compute(tests, number + 1, chosen)
+        with _round_named(number + 1):
+            scores, trained, sent, server = self._compute(tests, number + 1, chosen)
+        seconds = time.perf_counter() - began
         busy = sum(result.seconds for result in (*scores, *trained) if not isinstance(result, Exception))
         if untested is not None:
             if not chosen:  # the last evaluation is a step of its own
-                untested["seconds"] += time.perf_counter() - began
+                untested["seconds"] += seconds
                 untested["busy_seconds"] += busy
             self._finish(untested, scores)
         if not chosen:
             return None
+        began = time.perf_counter()
         with _round_named(number + 1):
             done = _good(trained)
-            record.server = self._algorithm.aggregate(record.server, [t.up for t in done])
+            record.server = self._algorithm.aggregate(server, [t.up for t in done])
         self._states.kept.update({c: t.state for c, t in zip(chosen, done, strict=True)})
         samples = sum(t.samples for t in done)
         row: Row = {
@@ -174,7 +183,7 @@ class _Loop:
             "steps": sum(t.steps for t in done),
             "forward": sum(t.forward for t in done),
             "backward": sum(t.backward for t in done),
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds + time.perf_counter() - began,
             "busy_seconds": busy,
         }
         due = row["round"] % spec.eval_every == 0 or row["round"] == spec.rounds
@@ -187,8 +196,12 @@ class _Loop:
 
     def _compute(
         self, tests: list[Task], number: int, chosen: list[int]
-    ) -> tuple[list[evaluate.Score | Exception], list[Trained | Exception], int]:
-        """Return what `tests` gave, what training the `chosen` in round `number` gave, and the bytes sent to these."""
+    ) -> tuple[list[evaluate.Score | Exception], list[Trained | Exception], int, State]:
+        """Compute `tests`, and train the `chosen` in round `number`.
+
+        Returns what the former and the latter gave, the bytes sent to the latter, and the server's state: another one
+        if it was relayed.
+        """
         server = self._record.server
         sequential = self._algorithm.sequential
         scores: list[evaluate.Score | Exception] = []
@@ -205,7 +218,7 @@ class _Loop:
                 if isinstance(trained[-1], Exception):
                     break
                 server = self._algorithm.relay(server, trained[-1].up)
-        return scores, trained, sent
+        return scores, trained, sent, server
 
     def _tasks(self, number: int, clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
         last = self._last if test else {}
@@ -213,18 +226,14 @@ class _Loop:
         return [Task(test, number, c, send(server, c), stored(c), last.get(c)) for c in clients]
 
     def _finish(self, row: Row, scores: list[evaluate.Score | Exception] | None) -> None:
-        """Record a round's line and its evaluation, if any. That of an evaluation that diverged has no accuracies."""
+        """Record a round's line and its evaluation, if any."""
         tested: list[Row] = []
-        diverged: Diverged | None = None
         if scores is not None:
-            try:
-                with _round_named(row["round"]):
-                    good = _good(scores)
-                    row |= evaluate.summary(good)
-                tested = [{"round": row["round"], **evaluate.accuracies(score)} for score in good]
-                self._last = {score.client: score for score in good}
-            except Diverged as error:
-                diverged = error
+            with _round_named(row["round"]):
+                good = _good(scores)
+                row |= evaluate.summary(good)
+            tested = [{"round": row["round"], **evaluate.accuracies(score)} for score in good]
+            self._last = {score.client: score for score in good}
         row |= {name: round(row[name], 3) for name in ("seconds", "busy_seconds")}
         self._record.rounds.append(row)
         self._record.clients.extend(tested)
@@ -233,8 +242,6 @@ class _Loop:
             if scores is None:
                 self._writer.checkpoint(row["round"], None)
         self._on_round(row)
-        if diverged is not None:
-            raise diverged
 
     @property
     def _states(self) -> ClientStates:

@@ -17,7 +17,9 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -229,6 +231,7 @@ class Processes:
         # Popped from the end: the largest first.
         waiting = sorted(range(len(tasks)), key=lambda i: self._work.size(tasks[i]))
         sent: dict[Connection, dict[int, int]] = {connection: {} for connection in self._workers}
+        common = _common(tasks)
         idle = list(self._workers)
         doing: dict[Connection, int] = {}
         results: list[Any] = [None] * len(tasks)
@@ -237,7 +240,7 @@ class Processes:
                 connection = idle.pop()
                 doing[connection] = waiting.pop()
                 with self._death(connection, tasks[doing[connection]]):
-                    connection.send_bytes(_dumps(tasks[doing[connection]], sent[connection]))
+                    connection.send_bytes(_dumps(tasks[doing[connection]], common, sent[connection]))
             ready = wait(list(doing))
             for connection in [c for c in doing if c in ready]:
                 with self._death(connection, tasks[doing[connection]]):
@@ -316,19 +319,26 @@ def _die_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _common(tasks: Sequence[Task]) -> set[int]:
+    """Return the ids of the tensors that several clients are sent, such as those of the global model."""
+    count = Counter(id(t) for task in tasks for part in task.down.tensors.values() for t in part.values())
+    return {tensor for tensor, times in count.items() if times > 1}
+
+
 class _Pickler(pickle.Pickler):
     """Sends tensors by value through the pipe, and not as shared-memory files, of which there may be too few.
 
-    `sent` has the numbers of the tensors that this worker got before, by identity: what all clients are sent, such as
-    the global model, goes to a worker once. They must stay alive as long as `sent` is used.
+    Those whose ids are in `common` go to a worker once: `sent` has the numbers of those that this worker got before, by
+    id. They must stay alive meanwhile.
     """
 
-    def __init__(self, stream: io.BytesIO, sent: dict[int, int] | None) -> None:
+    def __init__(self, stream: io.BytesIO, common: AbstractSet[int], sent: dict[int, int]) -> None:
         super().__init__(stream, protocol=5)
+        self._common = common
         self._sent = sent
 
     def persistent_id(self, obj: Any) -> Any:
-        if self._sent is None or type(obj) is not torch.Tensor:
+        if id(obj) not in self._common or type(obj) is not torch.Tensor:
             return None
         if id(obj) in self._sent:
             return self._sent[id(obj)]
@@ -358,9 +368,9 @@ class _Unpickler(pickle.Unpickler):
         return tensor
 
 
-def _dumps(value: Any, sent: dict[int, int] | None = None) -> bytes:
+def _dumps(value: Any, common: AbstractSet[int] = frozenset(), sent: dict[int, int] | None = None) -> bytes:
     stream = io.BytesIO()
-    _Pickler(stream, sent).dump(value)
+    _Pickler(stream, common, {} if sent is None else sent).dump(value)
     return stream.getvalue()
 
 

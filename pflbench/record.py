@@ -206,7 +206,12 @@ class Writer:
                 shutil.rmtree(self._partial)
             self.states.mkdir(parents=True)
             self._initial = save_state(initial, self.states, "initial.safetensors")
+            for name in LOGS:
+                self._append(name, [])
             return {}, None
+        for path in (self._partial, self.states, *self._partial.iterdir(), *self.states.iterdir()):
+            if path.is_symlink():  # we would write to where it leads
+                raise RunError(f"{path} is a symbolic link, which no run makes; --force starts anew")
         good = self._newest_good(found, notice)
         if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
             raise RunError(f"{self._partial}: {', '.join(changed)} changed since it was written; --force starts anew")
@@ -280,21 +285,24 @@ class Writer:
             if path.name not in named:
                 path.unlink()
 
-    def finish(self) -> None:
-        """Write the rest and give the folder its final name, in place of an older record of the same run."""
-        with writing(self._partial):
-            self._finish()
+    def finish(self, untested: dict[str, Any] | None) -> None:
+        """Write the rest and give the folder its final name, in place of an older record of the same run.
 
-    def _finish(self) -> None:
+        `untested` is the line of a round whose evaluation diverged.
+        """
+        with writing(self._partial):
+            self._finish(untested)
+
+    def _finish(self, untested: dict[str, Any] | None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         record = self._record
-        for name in LOGS:
-            self._append(name, [])
-        named = self._checkpoint(len(record.rounds), None)
-        for superseded in checkpoints(self.states)[1:]:
-            superseded.unlink()
+        number = len(record.rounds) + (untested is not None)
+        named = self._checkpoint(number, untested)
+        for path in checkpoints(self.states):
+            if path.name != f"{number:06}.json":
+                path.unlink()
         self._sweep(self.states, named)
         schema = pa.schema(
             {

@@ -163,7 +163,9 @@ def run(
         while waiting or active or later:
             while waiting and len(active) < jobs:
                 spec = waiting.popleft()
-                if status(spec, out) is not None:  # another sweep was faster
+                if (text := status(spec, out)) is not None:  # another sweep was faster
+                    if text != "finished":
+                        failed[spec.id] = text
                     on_event(Event("there", spec))
                     continue
                 if is_busy(out, spec.id):

@@ -19,7 +19,7 @@ from torch import nn
 import pflbench
 from pflbench import Diverged, RunError, evaluate, params, registry
 from pflbench.algorithms.fedavg import FedAvg
-from pflbench.executors import Processes, Serial, Task, Work, _dumps, _Unpickler
+from pflbench.executors import Processes, Serial, Task, Work, _common, _dumps, _Unpickler
 
 METHODS = sorted(registry.algorithms())
 SIZES = (30, 4, 11, 7)
@@ -294,26 +294,49 @@ def test_a_round_is_tested_even_if_the_next_one_which_trains_beside_it_diverges(
         assert "accuracy" in record.rounds[1]
 
 
+def test_what_was_relayed_is_what_is_aggregated_on(toy, methods):
+    @registry.register("cyclic")
+    class Cyclic(FedAvg):
+        """Each client goes on from the one before; the last one's model is the server's."""
+
+        sequential = True
+
+        def relay(self, server, up):
+            return {"model": up["model"]}
+
+        def aggregate(self, server, ups):
+            return server
+
+    for executor in ("serial", "processes"):
+        record = toy.run("cyclic", executor=executor, rounds=2)
+        model = toy.initial()
+        for x, y, _, _ in toy.arrays() * 2:
+            model = toy.train(model, x, y, 2, lr=0.1)
+        toy.close(record.server["model"], model)
+
+
 def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round(toy):
-    sent: dict[int, int] = {}
     received: list[torch.Tensor] = []
-    model = {"a": torch.arange(1000.0), "b": torch.ones(3, 4)[:, 1:]}
-    own = [torch.full((5,), float(i)) for i in range(3)]
+    own = [{"own": torch.full((5,), float(i)), "trained": nn.Parameter(torch.full((9,), float(i)))} for i in range(4)]
 
-    def passed(i):
-        data = _dumps([model, own[i]], sent)
-        return len(data), _Unpickler(io.BytesIO(data), received).load()
+    def passed(model):
+        """The sizes and the tasks that arrive, of a round in which every client is sent `model` and something else."""
+        tasks = [
+            Task(False, 1, i, pflbench.Message({"model": model, "own": own[i]}), {"model": own[i]}) for i in range(4)
+        ]
+        sent: dict[int, int] = {}
+        data = [_dumps(task, _common(tasks), sent) for task in tasks]
+        return [len(d) for d in data], [_Unpickler(io.BytesIO(d), received).load() for d in data]
 
-    sizes, values = zip(*(passed(i) for i in range(3)), strict=True)
-    assert sizes[0] > 4000 > 1000 > sizes[1]
-    for i, (found, mine) in enumerate(values):
-        assert toy.same(found, model)
-        assert torch.equal(mine, own[i])
-    sent.clear()
-    model = {"a": torch.zeros(7)}
-    _, (found, _) = passed(0)
-    assert toy.same(found, model)
-    assert len(received) == 2  # the round before is forgotten
+    other = {"a": torch.arange(2000.0, 3000.0)}
+    for model in ({"a": torch.arange(1000.0), "b": torch.ones(3, 4)[:, 1:]}, other):
+        sizes, tasks = passed(model)
+        assert sizes[0] > 4000 > 2000 > max(sizes[1:])
+        for i, task in enumerate(tasks):
+            assert toy.same(task.down["model"], model)
+            assert toy.same(task.down["own"], own[i])
+            assert toy.same(task.state["model"], own[i])
+        assert len(received) == len(model)  # nothing of the round before, and nothing that is one client's
 
 
 def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first(toy):

@@ -30,11 +30,11 @@ FORK = multiprocessing.get_context("fork")
 def start(toy, tmp_path):
     """Run a method on a toy federation, into a folder by name."""
 
-    def run(algo, out, rounds=8, **settings):
+    def run(algo, out, rounds=8, eval_every=2, **settings):
         algo, _, alignment = algo.partition(" ")
         federation = toy.federation((9, 4, 7, 6, 5))
         hyper = {"alignment": alignment} if alignment else {}
-        spec = toy.spec(algo, hyper, clients=5, join_ratio=0.4, rounds=rounds, shuffle=True, eval_every=2)
+        spec = toy.spec(algo, hyper, clients=5, join_ratio=0.4, rounds=rounds, shuffle=True, eval_every=eval_every)
         settings = {"executor": "serial", **settings}
         return pflbench.run(spec, federation, toy.net(), out=tmp_path / out, **settings)
 
@@ -273,14 +273,29 @@ def kill_at(number, folder):
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_never_was(start, tmp_path, every):
+@pytest.mark.parametrize(
+    ("every", "eval_every", "poisoned"), [(1, 1, False), (2, 2, False), (1, 1, True), (2, 1, True)]
+)
+def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_never_was(
+    start, tmp_path, monkeypatch, every, eval_every, poisoned
+):
     """One process for each file that is opened, renamed or removed, which it is killed at; then it is resumed."""
-    whole = result(start("fedas", "whole", rounds=3))
+    settings = {"rounds": 3, "eval_every": eval_every, "checkpoint_every": every}
+    if poisoned:  # the evaluation of the second round diverges
+        update = registry.algorithm("fedas").personalised
+
+        def personalised(self, local, down, state):
+            own = update(self, local, down, state)
+            return {n: p * torch.nan for n, p in own.items()} if local._key[0] == 2 else own
+
+        monkeypatch.setattr(registry.algorithm("fedas"), "personalised", personalised)
+    record = start("fedas", "whole", **settings)
+    assert record.status == ("diverged" if poisoned else "finished")
+    whole = result(record)
 
     def killed(number):
         kill_at(number, tmp_path / "out")
-        forked(start, "fedas", "out", checkpoint_every=every, rounds=3)
+        forked(start, "fedas", "out", **settings)
 
     number = 0
     while True:
@@ -289,36 +304,60 @@ def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_n
         child.start()
         child.join(60)
         assert child.exitcode in (0, -signal.SIGKILL)
-        assert result(start("fedas", "out", resume=True, rounds=3)) == whole, f"killed at change {number}"
+        assert result(start("fedas", "out", resume=True, **settings)) == whole, f"killed at change {number}"
         shutil.rmtree(tmp_path / "out")
         if child.exitcode == 0:
             break
-    assert number > 30
+    assert number > 25
 
 
-@pytest.mark.parametrize("name", ["../../victim", "/etc/hostname", "a/../../victim", ".."])
-@pytest.mark.parametrize("where", ["server", "clients", "logs"])
-def test_a_checkpoint_that_names_files_elsewhere_is_refused_and_they_are_not_touched(start, tmp_path, where, name):
+@pytest.mark.parametrize("where", ["server", "initial", "clients", "logs", "link", "folder"])
+def test_a_checkpoint_that_leads_elsewhere_is_refused_and_nothing_there_is_touched(start, tmp_path, where):
     """Its own hashes are right: whoever wrote it could compute them."""
     interrupt(start, "out")
-    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    (partial,) = tmp_path.glob("out/*.partial")
+    folder = partial / "checkpoint"
+    newest = checkpoints(folder)[0]
     victim = tmp_path / "out" / "victim"
-    victim.write_text("something of value\n")
-    for path in checkpoints(folder):
-        outer = json.loads(path.read_text())
-        content = json.loads(outer["content"])
-        forged = hashlib.sha256(victim.read_bytes()[:9]).hexdigest()
-        if where == "logs":
-            content["logs"][name] = (9, forged)
-        elif where == "server":
-            content["server"] = {"file": name, "sha256": forged}
-        else:
-            content["clients"]["1"] = {"file": name, "sha256": forged}
-        text = json.dumps(content)
-        path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+    for old in checkpoints(folder)[1:]:
+        old.unlink()
+    outer = json.loads(newest.read_text())
+    content = json.loads(outer["content"])
+    if where in ("server", "initial", "clients"):
+        saved = content["clients"]["1"] if where == "clients" else content[where]
+        victim.write_bytes((folder / saved["file"]).read_bytes())  # even a good state
+        saved["file"] = "../../victim"
+    else:
+        victim.write_text("something of value\n")
+    if where == "logs":
+        content["logs"]["../victim"] = (9, hashlib.sha256(victim.read_bytes()[:9]).hexdigest())
+    if where == "link":
+        content["logs"]["rounds.jsonl"] = (0, hashlib.sha256(b"").hexdigest())
+        (partial / "rounds.jsonl").unlink()
+        (partial / "rounds.jsonl").symlink_to(victim)
+    if where == "folder":
+        folder.rename(tmp_path / "out" / "elsewhere")
+        folder.symlink_to(tmp_path / "out" / "elsewhere")
+    before = victim.read_bytes()
+    text = json.dumps(content)
+    newest.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+    with pytest.raises(RunError, match=r"no checkpoint that can be used|is a symbolic link"):
+        start("fedas", "out", resume=True)
+    assert victim.read_bytes() == before
+
+
+def test_a_log_that_is_shorter_than_the_checkpoint_says_and_a_renamed_checkpoint_are_found_out(start, tmp_path):
+    interrupt(start, "out")
+    (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+    newest, older = checkpoints(folder)
+    older.rename(folder / "000009.json")
+    outer = json.loads(newest.read_text())
+    content = json.loads(outer["content"])
+    content["logs"]["rounds.jsonl"][0] += 1
+    text = json.dumps(content)
+    newest.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
     with pytest.raises(RunError, match="no checkpoint that can be used"):
         start("fedas", "out", resume=True)
-    assert victim.read_text() == "something of value\n"
 
 
 def test_nothing_in_a_run_folder_is_unpickled(start, tmp_path):
@@ -376,8 +415,7 @@ def test_divergence_in_an_evaluation_leaves_the_states_that_were_tested(start, m
     record = start("fedavg-ft", "bad", on_round=done.append)
     assert record.status == "diverged"
     assert record.reason == "round 4: client 0: the loss on the test data is nan; lower lr"
-    assert [row["round"] for row in record.rounds] == [1, 2, 3, 4]
-    assert ["accuracy" in row for row in record.rounds] == [False, True, False, False]
+    assert [row["round"] for row in record.rounds] == [1, 2, 3]
     saved = Checkpoint.read(checkpoints(record.path / "checkpoint")[0])
     assert saved.round == 4
     monkeypatch.undo()

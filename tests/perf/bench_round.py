@@ -6,7 +6,7 @@ from pflbench import registry
 
 
 @pytest.mark.parametrize("algo", sorted(registry.algorithms()))
-def test_round(algo, federation, rounds, benchmark, against_plain, no_slower, say, request):
+def test_round(algo, federation, rounds, benchmark, against_plain, no_slower, say):
     benchmark.group = "a round of W"
     with rounds(federation, algo=algo) as run:
         run.round()  # the first includes the start
@@ -14,7 +14,7 @@ def test_round(algo, federation, rounds, benchmark, against_plain, no_slower, sa
         row = run.rows[-1]
     trained = sum(len(c.train) for c in federation.clients)
     passes = {way: row[way] / trained for way in ("forward", "backward")}
-    benchmark.extra_info.update(scale=request.config.getoption("--scale"), **passes)
+    benchmark.extra_info.update(passes)
     seconds = benchmark.stats.stats.median
     spread = f"{found['ratios'][0]:.2f}-{found['ratios'][-1]:.2f}"
     say(
