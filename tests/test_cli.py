@@ -237,7 +237,16 @@ def test_the_record_says_everything(record: Path) -> None:
     assert {"python", "pflbench", "torch", "torchvision", "numpy", "pyarrow", "safetensors"} <= run["versions"].keys()
     assert run["machine"].keys() >= {"system", "processor", "cores", "executor", "workers", "git_commit"}
     assert run["machine"]["executor"] == "processes"
-    assert run["summary"].keys() == {"last", "last5", "best_on_test", "rounds", "bytes_up", "bytes_down", "seconds"}
+    assert run["summary"].keys() == {
+        "last",
+        "last5",
+        "best_on_test",
+        "rounds",
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+        "busy_seconds",
+    }
 
 
 def test_the_record_has_every_round_and_every_client(record: Path) -> None:
@@ -247,9 +256,11 @@ def test_the_record_has_every_round_and_every_client(record: Path) -> None:
     for row in rounds:
         assert row.keys() == {
             "round", "participants", "train_loss", "bytes_up", "bytes_down", "steps", "accuracy", "accuracy_mean",
-            "accuracy_std", "accuracy_worst10", "global_accuracy", "test_loss", "seconds",
+            "accuracy_std", "accuracy_worst10", "global_accuracy", "test_loss", "seconds", "busy_seconds",
+            "forward", "backward",
         }  # fmt: skip
         assert row["participants"] == [0, 1, 2]
+        assert row["forward"] > row["backward"] > 0  # prototypes need no gradient
         # The body's 512 x 768 weights and 512 biases, as float32, for three clients either way.
         assert row["bytes_up"] == row["bytes_down"] == 3 * 4 * (512 * 768 + 512)
     clients = pq.read_table(record / "clients.parquet")
@@ -286,6 +297,7 @@ def test_force_runs_anew(call: Callable[..., Done], quick: list[str], tmp_path: 
     assert again == first
     assert forced["fingerprints"] == first["fingerprints"]
     assert forced["summary"].pop("seconds") != first["summary"].pop("seconds")
+    assert forced["summary"].pop("busy_seconds") != first["summary"].pop("busy_seconds")
     assert forced["summary"] == first["summary"]
     assert json.loads(Path(forced["path"], "run.json").read_text())["fingerprints"] == first["fingerprints"]
     assert [p.name for p in (tmp_path / "runs").glob("[!.]*")] == [first["id"]]
@@ -497,6 +509,7 @@ def test_interrupted(
         [PFLBENCH, "run", *quick, "--rounds", "100000", "--workers", "2"],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stderr is not None

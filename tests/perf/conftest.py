@@ -1,6 +1,7 @@
 """What the benchmarks share. None of it runs with the tests: `pytest tests/perf -o python_files='bench_*.py'` does."""
 
 import json
+import platform
 import queue
 import statistics
 import subprocess
@@ -172,6 +173,8 @@ def no_slower(request, benchmark):
 def last(config, name):
     """Return the ratio of benchmark `name` in the newest saved run of this machine, at the same scale, or None."""
     for _, data in reversed(list(config._benchmarksession.storage.load())):
+        if data["machine_info"]["node"] != platform.node():
+            continue
         for found in data["benchmarks"]:
             info = found["extra_info"]
             same = found["name"] == name and info.get("scale") == config.getoption("--scale")
