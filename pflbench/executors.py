@@ -5,7 +5,6 @@ A task carries everything that its result depends on, so any worker may take it 
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import io
 import multiprocessing
@@ -272,7 +271,6 @@ def _serve(work: Work, connection: Connection) -> None:
     assert parent is not None  # noqa: S101
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(1)
-    _keep_memory()
     work = work.private()
     received: list[torch.Tensor] = []
     while True:
@@ -281,22 +279,6 @@ def _serve(work: Work, connection: Connection) -> None:
         except (EOFError, OSError):
             return
         connection.send_bytes(_outcome(work, task))
-
-
-def _keep_memory() -> None:
-    """Have glibc keep the memory that is freed, for the next step.
-
-    It would give a step's larger gradients and activations back to the system each time, and fault them in again: a
-    fifth of the time of training, and a third of evaluation's.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # more is refused
-            libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def _outcome(work: Work, task: Task) -> bytes:
