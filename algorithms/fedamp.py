@@ -28,6 +28,8 @@ from pflbench.registry import register
 class FedAMP(Algorithm):
     """Federated attentive message passing."""
 
+    tested_alone = True
+
     @dataclass(frozen=True)
     class Hyper:
         lam: float = option(1.0, "weight of the pull to the cloud model, lambda", ge=0)
@@ -59,6 +61,9 @@ class FedAMP(Algorithm):
     def aggregate(self, server: State, ups: Sequence[Message]) -> State:
         last = {f"{part} {up.sender}": up[part] for up in ups for part in up.tensors}
         return server | last | {"rounds": {"done": server["rounds"]["done"] + 1}}
+
+    def personalised(self, local: Local, down: Message, state: State) -> Params:
+        return state["model"]
 
     def global_model(self, down: Message) -> None:
         return None

@@ -64,6 +64,3 @@ class FedFomo(FedAMP):
         draws = {"draws": torch.from_numpy(local.random("choice").rand(self.h.models - 1, 2))}
         up = Message({"model": model, "affinity": row, "draws": draws})
         return up, {"start": start, "model": model, "affinity": row}
-
-    def personalised(self, local: Local, down: Message, state: State) -> Params:
-        return state["model"]

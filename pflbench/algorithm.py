@@ -53,6 +53,8 @@ class Algorithm:
     sequential: bool = False
     """True when the clients of a round depend on each other: they are then computed one by one, and `relay` is called
     after each."""
+    tested_alone: bool = False
+    """True when the evaluated model comes from the client's state alone: for a test it is sent an empty message."""
 
     def __init__(self, **hyperparameters: Any) -> None:
         self.h: Any = options.build(type(self).Hyper, hyperparameters, f"hyperparameter of {self.name}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from pflbench import evaluate, params, registry
-from pflbench.algorithm import Algorithm, State
+from pflbench.algorithm import Algorithm, Message, State
 from pflbench.checkpoint import ClientStates
 from pflbench.cores import cores
 from pflbench.errors import Diverged, UsageError, unknown
@@ -224,8 +224,13 @@ class _Loop:
 
     def _tasks(self, number: int, clients: Iterable[int], server: State, *, test: bool) -> list[Task]:
         last = self._last if test else {}
-        send, stored = self._algorithm.broadcast, self._states.stored
-        return [Task(test, number, c, send(server, c), stored(c), last.get(c)) for c in clients]
+        stored = self._states.stored
+
+        def down(client: int) -> Message:
+            alone = test and self._algorithm.tested_alone
+            return Message({}) if alone else self._algorithm.broadcast(server, client)
+
+        return [Task(test, number, c, down(c), stored(c), last.get(c)) for c in clients]
 
     def _finish(self, row: Row, scores: list[evaluate.Score | Exception] | None) -> None:
         """Record a round's line and its evaluation, if any."""

@@ -186,21 +186,19 @@ class Local:
             x, step_net = self._features(net), Net(nn.Identity(), net.head)
         total = torch.zeros((), dtype=torch.float64)
         samples = 0
-        for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
-            y = self.y[index]
-            with self._bench.forward():
-                value = loss(step_net, self._bench.batch(x, index), y, *(rows[index] for rows in beside)).mean()
-            grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
-            if correct is not None:
-                named = zip(chosen.items(), grads, strict=True)
-                grads = tuple(correct(name, grad, p.detach()) for (name, p), grad in named)
-            optimiser.step(grads)
-            total += value.detach() * len(y)
-            samples += len(y)
-            self.counts.steps += 1
-        if step_net is net:
-            self.counts.forward += samples
-            self.counts.backward += samples
+        with self._counted(net):
+            for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
+                y = self.y[index]
+                with self._bench.forward():
+                    value = loss(step_net, self._bench.batch(x, index), y, *(rows[index] for rows in beside)).mean()
+                grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
+                if correct is not None:
+                    named = zip(chosen.items(), grads, strict=True)
+                    grads = tuple(correct(name, grad, p.detach()) for (name, p), grad in named)
+                optimiser.step(grads)
+                total += value.detach() * len(y)
+                samples += len(y)
+                self.counts.steps += 1
         if not math.isfinite(total):
             raise Diverged(f"client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
         if purpose == "train":
@@ -342,6 +340,20 @@ class Local:
         part = copy.copy(self)
         part._x, part.y, part.n = self._x[index], self.y[index], len(index)
         return part
+
+    @contextlib.contextmanager
+    def _counted(self, net: Net) -> Iterator[None]:
+        """Count what passes through the body of `net`, with whichever parameters and however often, both ways."""
+
+        def count(_body: nn.Module, _inputs: object, features: Tensor) -> None:
+            self.counts.forward += len(features)
+            self.counts.backward += len(features)
+
+        hook = net.body.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _features(self, net: Net) -> Tensor:
         self.counts.forward += self.n

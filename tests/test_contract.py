@@ -130,6 +130,24 @@ def test_nothing_that_goes_in_or_came_out_is_ever_changed(drive, algo, hyper):
     assert changed == []
 
 
+@pytest.mark.parametrize("algo", [a for a in METHODS if registry.algorithm(a).tested_alone])
+def test_who_is_tested_alone_is_sent_nothing_for_a_test_and_scores_the_same(toy, algo, monkeypatch):
+    method, sent = registry.algorithm(algo), []
+    broadcast = method.broadcast
+
+    def noted(self, server, client):
+        sent.append(client)
+        return broadcast(self, server, client)
+
+    monkeypatch.setattr(method, "broadcast", noted)
+    alone = toy.run(algo, join_ratio=0.5)
+    assert sent == [c for row in alone.rounds for c in row["participants"]]
+    monkeypatch.setattr(method, "tested_alone", False)
+    together = toy.run(algo, join_ratio=0.5)
+    assert len(sent) > 2 * len(alone.rounds)
+    assert alone.fingerprints == together.fingerprints
+
+
 @cases
 def test_personal_parameters_are_in_no_message(drive, toy, algo, hyper):
     method = drive(algo, hyper)

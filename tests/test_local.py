@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 import pflbench
 from pflbench import params
@@ -87,6 +89,21 @@ def test_descend_subtracts_the_direction_of_consecutive_batches(toy):
     toy.close(done, p)
     assert (local.counts.steps, local.counts.forward, local.counts.samples) == (3, 14, 14)
     assert local.counts.loss_sum == pytest.approx(float(sum(v * n for v, n in losses)), abs=1e-9)
+
+
+def test_every_pass_of_a_loss_through_the_body_counts_and_only_those(toy):
+    x, y, _, _ = toy.arrays()[0]
+
+    def twice(net, x, y):
+        with_others = functional_call(net, {k: t * 2 for k, t in toy.initial().items()}, (x,))
+        return F.cross_entropy(net(x), y, reduction="none") + F.cross_entropy(with_others, y, reduction="none")
+
+    local = toy.local(x, y)
+    local.sgd(toy.initial(), epochs=1, loss=twice)
+    assert (local.counts.forward, local.counts.backward, local.counts.samples) == (14, 14, 7)
+    local.loss(toy.initial())
+    local.sgd(toy.initial(), epochs=1, loss=lambda net, x, y: net.head(x).sum(1))  # no pass through the body
+    assert (local.counts.forward, local.counts.backward) == (21, 14)
 
 
 def test_descend_keeps_the_running_statistics_and_trains_in_training_mode(toy):
