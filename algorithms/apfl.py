@@ -6,9 +6,11 @@ with respect to v_i of f_i(alpha v_i + (1 - alpha) w_i); the server takes the pl
 the step of alpha along its own gradient, <v_i - w_i, grad f_i at the mixture>, if `adaptive`.
 Personal: v_i and alpha.
 Evaluated: the mixture of the client's v_i with the received global model. The global model, too.
-Deviations: alpha, if adaptive, makes one step a round, before the training, on a batch of its own, and is clipped to
-[0, 1]; once a round and clipped are the authors' code's. That mixes outputs, not parameters, and adds 0.02 alpha to the
-slope; this does neither, as in the paper. The training loss in the record is the sum of both losses.
+Deviations: the authors' code tests the mixture with the client's own w_i as it was before the averaging; ours takes the
+received model. alpha is 0.5 and fixed by default, as there. If adaptive, it makes one step a round, before the
+training, on a batch of its own, and is clipped to [0, 1]; once a round and clipped are the authors' code's. That mixes
+outputs, not parameters, and adds 0.02 alpha to the slope; this does neither, as in the paper. The training loss in the
+record is the sum of both losses.
 """
 
 from dataclasses import dataclass
@@ -51,7 +53,8 @@ class APFL(FedAvg):
         def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
             fixed = {name: p.detach() for name, p in net.named_parameters()}
             mixed = mix({name: net.free[OWN + name] for name in own}, fixed, float(alpha))
-            return cross_entropy(net, x, y) + F.cross_entropy(functional_call(net, mixed, (x,)), y, reduction="none")
+            of_w = cross_entropy(net, x.clone(), y)  # a first layer may work in place
+            return of_w + F.cross_entropy(functional_call(net, mixed, (x,)), y, reduction="none")
 
         start = down["model"] | {OWN + name: t for name, t in own.items()}
         changing = {*down["model"], *(OWN + name for name in local.trainable(own))}

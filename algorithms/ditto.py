@@ -5,7 +5,9 @@ https://arxiv.org/abs/2012.04221; Algorithm 1 with FedAvg as the solver of the g
 descends F_k(v) + lambda/2 |v - w^t|^2, where w^t is the global model as it was received.
 Personal: a second model, v_k, trained on the client alone.
 Evaluated: the client's own v_k; before its first participation, the initial one. The global model, too.
-Deviations: none. lambda is that of the authors' examples. v_k trains for the protocol's local epochs, like w.
+Deviations: v_k trains for the protocol's local epochs, like w, but on batches of its own; in the authors' code both
+step on the same. Clients are sampled uniformly and weigh their samples; the authors' example samples them in proportion
+and takes the plain mean. lambda is that example's; the paper chooses it for each client by validation.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,8 @@ Personal: the whole model; the server keeps the last one of every client.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
 Deviations: the argmin is approximated by the protocol's SGD, which starts at u_i. In the paper all clients take part;
 here the server uses the last model of who does not, and nobody attends to a client that has not taken part yet. The
-default of sigma is ours: the largest attention, alpha_k / sigma, is then 0.01.
+default of sigma is ours: the largest attention, alpha_k / sigma, is then 0.01. A step's pull is at most the whole way
+to u_i: as alpha_k falls, lambda / alpha_k grows beyond what SGD can follow. Distances count running statistics, too.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from math import exp
 import torch
 
 from pflbench.algorithm import Algorithm, Message, Params, State
+from pflbench.errors import UsageError
 from pflbench.local import Local
 from pflbench.options import option
 from pflbench.params import average, distance
@@ -50,11 +52,14 @@ class FedAMP(Algorithm):
         own = server.get(me, server["initial"])
         others = [model for part, model in server.items() if part.startswith("model ") and part != me]
         attention = [alpha / self.h.sigma * exp(-(distance(own, w) ** 2) / self.h.sigma) for w in others]
+        if sum(attention) > 1:
+            found = f"the attention of client {client} to {len(others)} others sums to {sum(attention):.3g}, above 1"
+            raise UsageError(f"fedamp: {found}; lower alpha ({self.h.alpha:g}) or raise sigma ({self.h.sigma:g})")
         cloud = average([own, *others], [1 - sum(attention), *attention])
         return Message({"model": cloud, "step": {"alpha": torch.tensor(alpha, dtype=torch.float64)}})
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        cloud, pull = down["model"], self.h.lam / float(down["step"]["alpha"])
+        cloud, pull = down["model"], min(self.h.lam / float(down["step"]["alpha"]), 1 / local.lr)
         model = local.sgd(cloud, correct=lambda name, grad, w: grad + pull * (w - cloud[name]))
         return Message({"model": model}), {"model": model}
 

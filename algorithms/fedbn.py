@@ -5,6 +5,8 @@ Paper: Li, Jiang, Zhang, Kamp, Dou, "FedBN: Federated Learning on Non-IID Featur
 over clients, with equal weights, of every layer that is not BatchNorm.
 Personal: the parameters and the running statistics of BatchNorm layers; those are the layers with a `running_mean`.
 Evaluated: the averaged layers with the client's own BatchNorm.
+Deviations: in the paper all clients take part. Here the BatchNorm of who does not stays as it was under newer layers,
+and is the initial one until its client first takes part.
 """
 
 from pflbench.algorithm import Message, Params, State

@@ -6,8 +6,8 @@ estimate of its gradient at w_k; the server, of m clients in all, h <- h - alpha
 that took part, and w^t = mean_k w_k - h / alpha, with equal weights.
 Personal: the client's g_k.
 Evaluated: the server's w^t. The authors' code tests means of the clients' models as well.
-Deviations: the minimiser is found by the protocol's local epochs, as in the authors' code; that scales alpha with the
-client's number of samples, Algorithm 1 does not. alpha is that of the authors' example. Buffers are averaged.
+Deviations: the minimiser is found by the protocol's local epochs, as in the authors' code; that divides alpha by the
+client's relative number of samples, Algorithm 1 does not. alpha is that of the authors' example. Buffers are averaged.
 """
 
 from collections.abc import Sequence

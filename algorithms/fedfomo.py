@@ -9,8 +9,9 @@ that have the highest affinity, or, each with probability epsilon, a random one.
 Personal: the whole model; the server keeps the last one of every client.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
 Deviations: L is the loss on a fixed share of the training samples. As in the authors' code, the client trains on the
-rest only, on fewer samples than with other methods. A client's first round is training alone. P grows by w_n, which
-the authors' code divides by |sum_m w_m| first; the norm is Euclidean, which in their code is L1 by default.
+rest only, on fewer samples than with other methods. A client's first round is training alone. P grows by w_n, which the
+authors' code divides by |sum_m w_m| first; the norm is Euclidean, which in their code is L1 by default. There, the
+server offers the models of the last round's clients alone, and their averages as well.
 """
 
 from dataclasses import dataclass
@@ -55,8 +56,9 @@ class FedFomo(FedAMP):
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         validation, rest = local.parts(self.h.validation, purpose="validation", every_round=False)
         models, start, row = {"own": state["model"], **down.tensors}, state["start"], state["affinity"]
-        loss = validation.loss(start)
-        gains = {n: (loss - validation.loss(m)) / (distance(m, start) or inf) for n, m in models.items()}
+        loss, origin = validation.loss(start), local.trainable(start)
+        gaps = {n: distance(local.trainable(m), origin) or inf for n, m in models.items()}
+        gains = {n: (loss - validation.loss(m)) / gaps[n] for n, m in models.items()}
         if max(gains.values()) > 0:
             start = average(models.values(), [max(gain, 0.0) for gain in gains.values()])
         model = (rest if rest.n else local).sgd(start)  # a client with one sample trains on it, too

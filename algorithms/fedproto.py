@@ -2,14 +2,16 @@
 
 Paper: Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous Clients", AAAI 2022,
 https://arxiv.org/abs/2105.00243; section Problem Setting: prototypes, and inference by the nearest one; Methodology:
-their aggregation, and the local loss, cross-entropy plus lambda times the distance to the global prototypes.
+their aggregation, equation (6), and the local loss, cross-entropy plus lambda times the distance to the global
+prototypes.
 Personal: the whole model. Sent are prototypes and their counts alone; zeros for classes that a client does not have.
 Evaluated: the client's body with argmin_j |f(x) - C_j| over the client's classes, C_j the global prototypes: a linear
 head, 2 f(x) C_j - |C_j|^2, whose cross-entropy is `test_loss`, huge for other classes; without any C_j, its own head.
 Deviations: the distance is the mean square over features of a sample to its class's prototype, as in the authors' code,
-where lambda is 1; the paper takes class means. Weights are counts alone; the paper also divides by the number of
-clients, which would shrink prototypes; the authors' code takes the plain mean, of prototypes gathered while the weights
-move, ours after training. What nobody uploads in a round stays as it was; in the paper all clients take part.
+where lambda is 1 (0.1 in its command for CIFAR-10); the paper takes class means. Weights are counts alone; the paper
+also divides by the number of clients, which would shrink prototypes; the authors' code takes the plain mean, of
+prototypes gathered while the weights move, ours after training. What nobody uploads in a round stays as it was; in the
+paper all clients take part.
 """
 
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from pflbench.algorithm import Message, Params, State
+from pflbench.errors import UsageError
 from pflbench.local import Local
 from pflbench.models import Net
 from pflbench.options import option
@@ -35,6 +38,8 @@ class FedProto(Alone):
         lam: float = option(1.0, "lambda, the weight of the distance to the prototypes", ge=0)
 
     def init_server(self, model: Params) -> State:
+        if not {"head.weight", "head.bias"} <= model.keys():
+            raise UsageError("fedproto: the network's head must be one nn.Linear with a bias, which prototypes replace")
         return {"prototypes": {"mean": 0 * model["head.weight"], "count": 0 * model["head.bias"]}}
 
     def broadcast(self, server: State, client: int) -> Message:

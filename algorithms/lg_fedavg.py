@@ -6,8 +6,9 @@ global parameters together, by the loss of their composition; the server's avera
 samples, N_m / N.
 Personal: the body.
 Evaluated: the client's own body with the averaged head, the paper's local test.
-Deviations: the global model is the head alone; how many layers it has is a choice of the paper's experiments (for MNIST
-the last two). All clients begin with the same body; the authors' code begins with a model that FedAvg has trained.
+Deviations: the global model is the head alone; how many layers it has is a choice of each experiment. All clients begin
+with the same body; the authors' code begins with a model that FedAvg has trained, takes the plain mean, and in its
+command for CIFAR-10 shares the convolutions and keeps the linear layers, which is not what the paper describes.
 """
 
 from pflbench.registry import register

@@ -6,11 +6,11 @@ mean of F_i(w) = f_i(w - alpha grad f_i(w)), in its two approximations: FO leave
 with a vector from the difference of two gradients. The batches of a step are independent; the server takes the plain
 mean. beta is the protocol's learning rate.
 Personal: nothing between rounds.
-Evaluated: the received model after one step alpha grad f_i, over all of the client's training data, in evaluation mode.
-The received model as it is, too, as the global one.
+Evaluated: the received model after one step alpha grad f_i, over all of the client's training data (with drop_last,
+less the last incomplete batch), in evaluation mode. The received model as it is, too, as the global one.
 Deviations: steps are counted in epochs: a batch serves one of the two (FO) or three (HF) gradients of one step. The
-Hessian itself is not computed; HF, the nearer to it, is the default. alpha and delta have the values of public
-re-implementations.
+Hessian itself is not computed; HF, the nearer to it, is the default. Its difference of gradients is always taken in the
+network's own precision: bf16 would round it away. alpha and delta have the values of public re-implementations.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class PerFedAvg(FedAvg):
             meta = local.grad(adapted, *second)
             if not third:
                 return meta
-            ahead, behind = (local.grad(move(w, meta, by), *third[0]) for by in (delta, -delta))
+            ahead, behind = (local.grad(move(w, meta, by), *third[0], exact=True) for by in (delta, -delta))
             hessian_meta = {name: (ahead[name] - behind[name]) / (2 * delta) for name in meta}
             return move(meta, hessian_meta, -alpha)
 

@@ -8,7 +8,9 @@ Personal: theta, the client's own model.
 Evaluated: theta after the last batch; before its first participation, the initial model. The global model, too.
 Deviations: in the paper all clients train in every round, and some of them upload; here those that take part train, and
 all of them upload. theta goes on from one batch's to the next, and begins a round at the received model, as in the
-authors' code, whose lambda, K, beta and rate of theta are the defaults. beta does not apply to running statistics.
+authors' code, whose lambda, K, beta and rate of theta are the defaults; its decay of theta (0.001) is left out, and the
+protocol's momentum and weight decay work on w alone. Steps are counted in epochs, there R = 20 batches. beta does not
+apply to running statistics.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,9 @@ c_i+ = c_i - c + (x - y_i) / (K eta_l); the server x <- x + eta_g mean(y_i - x),
 the |S| of N clients that took part, with equal weights.
 Personal: the client's control variate.
 Evaluated: the global model.
-Deviations: none. The paper's steps have no momentum; with one, (x - y_i) / (K eta_l) is not the mean gradient. Buffers
-have no gradients: they are averaged, and have no control variates.
+Deviations: K is the steps of the protocol's local epochs, so it differs with the clients' sizes; the paper has one K.
+Its steps have no momentum; with one, (x - y_i) / (K eta_l) is not the mean gradient. Buffers have no gradients: they
+are averaged, and their control variates are zeros.
 """
 
 from collections.abc import Sequence

@@ -264,8 +264,9 @@ class Local:
             yield self._bench.batch(self._x, index), self.y[index]
 
     def trainable(self, model: Params) -> Params:
-        """Return `model` without the network's buffers, of which there are no gradients."""
-        return {name: t for name, t in model.items() if name not in self._bench.buffers}
+        """Return `model` without the network's buffers, of which there are no gradients, in the network's order."""
+        own = (name for name in self._bench.slots if name in model and name not in self._bench.buffers)
+        return {name: model[name] for name in own}
 
     def grad(
         self,
@@ -275,10 +276,11 @@ class Local:
         loss: Loss = cross_entropy,
         *,
         only: Callable[[str], bool] | None = None,
+        exact: bool = False,
     ) -> Params:
         """Return the gradient of the mean `loss` of one batch at parameters `at`, in evaluation mode.
 
-        Within `descend`, in training mode. `only` selects the parameters.
+        Within `descend`, in training mode. `only` selects the parameters. With `exact` nothing is computed in bf16.
         """
         self.counts.forward += len(y)
         self.counts.backward += len(y)
@@ -286,8 +288,8 @@ class Local:
         named = {name: p for name, p in net.named_parameters() if only is None or only(name)}
         for name, p in net.named_parameters():
             p.requires_grad_(name in named)
-        with self._bench.forward():
-            value = loss(net, x, y).mean()
+        with contextlib.nullcontext() if exact else self._bench.forward():
+            value = loss(net, x.clone(), y).mean()  # a first layer may work in place, and the batch may come again
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         if self._descending == "train":
             self.counts.loss_sum += float(value.detach()) * len(y)

@@ -21,8 +21,8 @@ What each method takes from its paper, and the tests that hold it to that. `pyth
 from the methods' docstrings and the tests; a test fails when it is not current.
 
 Every method has an oracle test: two rounds or more on a small network, in float64, worked out in the test from the
-paper's equations without our code, and compared to 1e-9: the states of server and clients, and the model that each
-client is tested with.
+paper's equations without our code (but for what is drawn at random), and compared to 1e-9: the states of server and
+clients, and the model that each client is tested with.
 
 Sent are the bytes of one client in one round; a test compares them with what runs record. BODY and HEAD are the bytes
 of the network's two parts, BODY without BatchNorm where that is personal; PROTOTYPES those of a mean feature and a

@@ -315,3 +315,19 @@ def test_the_order_seed_changes_shuffled_runs_alone_unless_a_method_draws_sample
     assert states(shuffle=True, order_seed=1) != states(shuffle=True, order_seed=2)
     same = states(shuffle=False, order_seed=1) == states(shuffle=False, order_seed=2)
     assert same == (algo not in DRAWING)
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_a_convolutional_run_in_memory_is_the_run_on_disk_bit_by_bit(algo, tmp_path):
+    random = torch.Generator().manual_seed(0)
+    clients = []
+    for n in (9, 7, 8):
+        x, y = torch.randn(n + 6, 3, 16, 16, generator=random), torch.arange(n + 6) % 3
+        clients.append((x[:n], y[:n], x[n:], y[n:]))
+    federation = pflbench.Federation.from_arrays(clients, classes=3)
+    spec = pflbench.RunSpec(
+        algo=algo, clients=3, rounds=3, join_ratio=0.67, batch_size=4, local_epochs=1, lr=0.05,
+        norm="batch" if algo == "fedbn" else None,
+    )  # fmt: skip
+    memory, disk = (pflbench.run(spec, federation, executor="serial", out=out) for out in (None, tmp_path))
+    assert memory.fingerprints == disk.fingerprints

@@ -106,6 +106,21 @@ def test_every_pass_of_a_loss_through_the_body_counts_and_only_those(toy):
     assert (local.counts.forward, local.counts.backward) == (21, 14)
 
 
+def test_a_batch_that_comes_again_is_the_same_though_the_first_layer_works_in_place(toy):
+    class Halved(nn.Module):
+        def forward(self, x):
+            return x.mul_(0.5)
+
+    x, y, _, _ = toy.arrays()[0]
+    net = toy.net()
+    model = {k.replace("body.0", "body.1"): t for k, t in toy.initial().items()}
+    local = toy.local(x, y, net=pflbench.Net(nn.Sequential(Halved(), *net.body), net.head))
+    batch = next(local.batches())
+    once, twice = local.grad(model, *batch), local.grad(model, *batch)
+    assert toy.same(once, twice)
+    assert float(once["head.weight"].abs().sum()) > 0
+
+
 def test_descend_keeps_the_running_statistics_and_trains_in_training_mode(toy):
     net = pflbench.Net(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 3)).double()
     x, y, _, _ = toy.arrays((6,))[0]

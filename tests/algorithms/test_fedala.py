@@ -100,6 +100,16 @@ def test_more_layers_than_there_are_mix_them_all(toy):
     assert many[1].keys() == toy.initial().keys()
 
 
+def test_the_last_layers_are_the_networks_and_not_the_alphabets_also_if_the_model_was_on_disk(toy, tmp_path):
+    net = pflbench.Net(nn.Sequential(*(nn.Linear(3, 3) for _ in range(11))), nn.Linear(3, 3)).double()
+    spec = toy.spec("fedala", {"layers": 2})
+    memory, disk = (pflbench.run(spec, toy.federation(), net, executor="serial", out=o) for o in (None, tmp_path))
+    for record in (memory, disk):
+        weights = record.client_states[0]["weights"]
+        assert set(weights) == {"body.10.weight", "body.10.bias", "head.weight", "head.bias"}
+    assert memory.fingerprints == disk.fingerprints
+
+
 def test_mixing_lowers_the_loss_of_the_received_model(toy):
     x, y, _, _ = toy.arrays()[0]
     received, own = models(toy)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message, UsageError, registry
 
 HYPER = {"lam": 0.8, "alpha": 0.9, "alpha_decay": 0.5, "decay_every": 1, "sigma": 3.0}
 
@@ -98,10 +98,22 @@ def test_a_client_attends_more_to_the_more_similar_client(toy):
     assert found == pytest.approx((1 - near - far) * 1 + near * 2 + far * 4, abs=1e-12)
 
 
-def test_the_self_weight_is_what_the_others_leave_even_if_that_is_negative():
+def test_attention_that_leaves_less_than_nothing_for_the_client_itself_is_refused():
     method = registry.algorithm("fedamp")(alpha=4.0, sigma=2.0)
-    found = float(method.broadcast(server_of({0: 1.0, 1: 2.0}), 0)["model"]["w"])
-    assert found == pytest.approx((1 - 2 * math.exp(-1 / 2)) * 1 + 2 * math.exp(-1 / 2) * 2, abs=1e-12)
+    with pytest.raises(UsageError, match=r"client 0 to 1 others sums to 1.21, above 1; lower alpha \(4\)"):
+        method.broadcast(server_of({0: 1.0, 1: 2.0}), 0)
+
+
+def test_the_pull_is_never_further_than_to_the_cloud_model_however_small_alpha_has_become(toy):
+    x, y, _, _ = toy.arrays()[0]
+    cloud, own = toy.initial(), {k: 2 * t for k, t in toy.initial().items()}
+    down = Message({"model": cloud, "step": {"alpha": torch.tensor(1e-3).double()}})  # lr lambda / alpha is 100
+    _, new = registry.algorithm("fedamp")().local_update(toy.local(x, y, local_epochs=1), down, {"model": own})
+    p = cloud
+    for b in toy.batches(7, 3):
+        g = toy.gradient(lambda q, b=b: toy.nll(q, x[b], y[b]), p, toy.BODY + toy.HEAD)
+        p = {k: cloud[k] - 0.1 * g[k] for k in p}
+    toy.close(new["model"], p)
 
 
 def test_who_has_not_taken_part_attends_from_the_initial_model_and_nobody_attends_to_it():

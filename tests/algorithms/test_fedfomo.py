@@ -156,6 +156,17 @@ def test_a_model_that_is_better_is_mixed_in_by_its_weight(toy):
     assert float(up["affinity"]["model 1"]) == pytest.approx(0.5 + w[1], abs=1e-9)
 
 
+def test_running_statistics_are_no_part_of_the_distance(toy):
+    net = toy.net(norm=True)
+    model = toy.initial(net)
+    far = {k: t + 100 * k.endswith("running_mean") for k, t in model.items()}
+    x, y, _, _ = toy.arrays((30, 30))[0]
+    state = {"start": far, "model": model, "affinity": {}}
+    local = toy.local(x, y, net=net)
+    up, _ = registry.algorithm("fedfomo")(**HYPER).local_update(local, Message({"model 1": model}), state)
+    assert float(up["affinity"]["model 1"]) == 0.0  # the same parameters
+
+
 def test_if_no_model_is_better_than_the_start_training_begins_there_again(toy):
     bad = {k: -3 * p for k, p in better(toy, 9).items()}
     _, state, _ = update(toy, {"start": better(toy, 9), "model": bad, "affinity": {}}, {"model 1": bad})

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message, UsageError, registry
 
 # The oracle. Global prototypes are a dict of class to mean; the counts are beside it.
 
@@ -264,3 +264,9 @@ def test_batch_norm_stays_on_the_client(toy):
     means = [record.client_states[i]["model"]["body.1.running_mean"] for i in range(2)]
     assert not torch.equal(*means)
     assert record.server.keys() == {"prototypes"}
+
+
+def test_a_head_that_prototypes_cannot_replace_is_refused(toy):
+    net = pflbench.Net(toy.net().body, torch.nn.Linear(3, 3, bias=False)).double()
+    with pytest.raises(UsageError, match=r"fedproto: the network's head must be one nn.Linear with a bias"):
+        toy.run("fedproto", net=net)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import pflbench
@@ -185,5 +186,33 @@ def test_batch_norm_statistics_are_the_last_gradients_and_stay_in_the_adaptation
         torch.testing.assert_close(up["model"][f"body.1.running_{what}"], value, rtol=0, atol=1e-9)
         assert torch.equal(tested[f"body.1.running_{what}"], up["model"][f"body.1.running_{what}"])
     assert tested.keys() == start.keys()
+    # The adaptation's gradient is that of the running statistics, not of the batch's: the evaluation mode.
+    fixed = up["model"]
+
+    def tested_loss(p):
+        h = x @ p["body.0.weight"].T + p["body.0.bias"] - fixed["body.1.running_mean"]
+        h = h / (fixed["body.1.running_var"] + 1e-5).sqrt() * p["body.1.weight"] + p["body.1.bias"]
+        return F.cross_entropy(h.tanh() @ p["head.weight"].T + p["head.bias"], y)
+
+    names = tuple(name for name in fixed if "running" not in name)
+    g = toy.gradient(tested_loss, fixed, names)
+    toy.close({name: tested[name] for name in names}, {name: fixed[name] - 0.5 * g[name] for name in names})
     for variant in VARIANTS:
         toy.run("per-fedavg", {"variant": variant}, net=net(), federation=toy.federation((8, 4)), batch_size=4)
+
+
+def test_the_difference_of_gradients_is_not_rounded_to_bf16(toy, monkeypatch):
+    precisions = []
+    cross_entropy = F.cross_entropy
+
+    def noted(logits, *args, **kwargs):
+        precisions.append(logits.dtype)
+        return cross_entropy(logits, *args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", noted)
+    x, y, _, _ = toy.arrays()[0]
+    local = toy.local(x.float(), y, net=toy.net().float(), local_epochs=1)
+    local._bench.precision = "bf16"
+    start = {k: t.float() for k, t in toy.initial().items()}
+    registry.algorithm("per-fedavg")().local_update(local, Message({"model": start}), {"model": {}})
+    assert precisions == [torch.bfloat16] * 2 + [torch.float32] * 2

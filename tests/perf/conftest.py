@@ -46,7 +46,8 @@ class Rounds:
 
         try:
             self._go.get()
-            pflbench.run(self._spec, self._federation, workers=WORKERS, out=self._out, on_round=pause)
+            record = pflbench.run(self._spec, self._federation, workers=WORKERS, out=self._out, on_round=pause)
+            self._done.put(RuntimeError(f"the run has ended: {record.status} {record.reason}"))
         except KeyboardInterrupt:
             pass
         except BaseException as error:
