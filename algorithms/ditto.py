@@ -13,7 +13,7 @@ and takes the plain mean. lambda is that example's; the paper chooses it for eac
 from dataclasses import dataclass
 
 from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
+from pflbench.local import Local, proximal
 from pflbench.options import option
 from pflbench.registry import register
 
@@ -32,11 +32,6 @@ class Ditto(FedAvg):
         return {"model": model}
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        received = down["model"]
         up, _ = super().local_update(local, down, {"model": {}})
-        own = local.sgd(
-            state["model"],
-            correct=lambda name, grad, param: grad + self.h.lam * (param - received[name]),
-            purpose="personal",
-        )
+        own = local.sgd(state["model"], correct=proximal(down["model"], self.h.lam), purpose="personal")
         return up, {"model": own}

@@ -20,7 +20,7 @@ import torch
 
 from pflbench.algorithm import Algorithm, Message, Params, State
 from pflbench.errors import UsageError
-from pflbench.local import Local
+from pflbench.local import Local, proximal
 from pflbench.options import option
 from pflbench.params import average, distance
 from pflbench.registry import register
@@ -59,8 +59,8 @@ class FedAMP(Algorithm):
         return Message({"model": cloud, "step": {"alpha": torch.tensor(alpha, dtype=torch.float64)}})
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        cloud, pull = down["model"], min(self.h.lam / float(down["step"]["alpha"]), 1 / local.lr)
-        model = local.sgd(cloud, correct=lambda name, grad, w: grad + pull * (w - cloud[name]))
+        pull = min(self.h.lam / float(down["step"]["alpha"]), 1 / local.lr)
+        model = local.sgd(down["model"], correct=proximal(down["model"], pull))
         return Message({"model": model}), {"model": model}
 
     def aggregate(self, server: State, ups: Sequence[Message]) -> State:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
+from pflbench.local import Local, proximal
 from pflbench.options import option
 from pflbench.params import average, zeros_like
 from pflbench.registry import register
@@ -38,7 +38,8 @@ class FedDyn(FedAvg):
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         sent, g, alpha = down["model"], state["gradient"], self.h.alpha
-        model = local.sgd(sent, correct=lambda name, grad, param: grad - g[name] + alpha * (param - sent[name]))
+        near = proximal(sent, alpha)
+        model = local.sgd(sent, correct=lambda name, grad, param: near(name, grad - g[name], param))
         own = local.trainable(model)
         new = g | {name: g[name] - alpha * (t - sent[name]) for name, t in own.items()}
         buffers = {name: t for name, t in model.items() if name not in own}

@@ -13,7 +13,7 @@ authors' scripts use on their synthetic data.
 from dataclasses import dataclass
 
 from pflbench.algorithm import Message, State
-from pflbench.local import Local
+from pflbench.local import Local, proximal
 from pflbench.options import option
 from pflbench.registry import register
 
@@ -29,6 +29,5 @@ class FedProx(FedAvg):
         mu: float = option(1.0, "weight of the proximal term", ge=0)
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        sent = down["model"]
-        model = local.sgd(sent, correct=lambda name, grad, param: grad + self.h.mu * (param - sent[name]))
+        model = local.sgd(down["model"], correct=proximal(down["model"], self.h.mu))
         return Message({"model": model}, weight=local.n), state

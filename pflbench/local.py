@@ -22,6 +22,8 @@ from pflbench.spec import RunSpec
 
 Loss = Callable[..., Tensor]
 """(net, x, y, *beside) -> the loss of each sample [n]; the harness takes the mean."""
+Correct = Callable[[str, Tensor, Tensor], Tensor]
+"""(name, gradient, parameter) -> the gradient that is used."""
 Batch = tuple[Tensor, Tensor]
 """Samples as the network takes them, and their labels [n]."""
 
@@ -32,6 +34,11 @@ _PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten
 def cross_entropy(net: Net, x: Tensor, y: Tensor) -> Tensor:
     """Return the cross-entropy of each sample [n]."""
     return F.cross_entropy(net(x), y, reduction="none")
+
+
+def proximal(to: Params, weight: float) -> Correct:
+    """Return what adds, for `Local.sgd`, the gradient of `weight` / 2 ||w - `to`||^2: a pull towards `to`."""
+    return lambda name, grad, param: grad + weight * (param - to[name])
 
 
 class _SGD:
@@ -150,17 +157,17 @@ class Local:
         only: Callable[[str], bool] | None = None,
         loss: Loss = cross_entropy,
         beside: Sequence[Tensor] = (),
-        correct: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+        correct: Correct | None = None,
         purpose: str = "train",
     ) -> Params:
         """Return `start` after `epochs` of SGD on the client's training data.
 
         What is not given is the protocol's. `only` selects the parameters (and buffers) that change; `loss` gives one
         value per sample; `beside` are tensors with a row for each training sample [n, ...], whose rows of the batch
-        the loss gets, too. `correct(name, gradient, parameter)` returns the gradient that is used. Parameters that
-        `start` has beyond the network's are trained with them; the loss finds them in `net.free`, by name, and may
-        write to those that `only` leaves out: running statistics of a second network. `purpose` names the stream of
-        batch orders: two methods that train for the same purpose see the same batches.
+        the loss gets, too. `correct` returns the gradient that is used: `proximal` makes one. Parameters that `start`
+        has beyond the network's are trained with them; the loss finds them in `net.free`, by name, and may write to
+        those that `only` leaves out: running statistics of a second network. `purpose` names the stream of batch
+        orders: two methods that train for the same purpose see the same batches.
         Raises `Diverged` when the loss is not finite.
         """
         spec = self._spec
