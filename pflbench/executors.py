@@ -8,11 +8,9 @@ import copy
 import dataclasses
 import io
 import multiprocessing
-import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -30,6 +28,7 @@ import torch
 from pflbench import evaluate
 from pflbench.algorithm import Algorithm, Message, State
 from pflbench.checkpoint import Saved, Stored, load_state, save_state
+from pflbench.children import begin_child, signals_held
 from pflbench.errors import PflbenchError, RunError
 from pflbench.evaluate import Score
 from pflbench.federation import Federation
@@ -199,21 +198,30 @@ class Processes:
     """
 
     def __init__(self, work: Work, workers: int) -> None:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self._work = work
+        self._wanted = workers
         self._workers: dict[Connection, BaseProcess] = {}
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(work, theirs), daemon=True)  # type: ignore[attr-defined]
-            with warnings.catch_warnings():
-                # Python 3.12 warns of threads at a fork. The workers use one thread and none of this process's locks.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            theirs.close()
-            self._workers[ours] = process
 
     def __enter__(self) -> Self:
+        try:
+            with signals_held():
+                for _ in range(self._wanted):
+                    self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(self._work, theirs), daemon=True)  # type: ignore[attr-defined]
+        with warnings.catch_warnings():
+            # Python 3.12 warns of threads at a fork. The workers use one thread and none of this process's locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+        theirs.close()
+        self._workers[ours] = process
 
     def __exit__(self, *error: object) -> None:
         for connection, process in self._workers.items():
@@ -261,9 +269,7 @@ class Processes:
 
 def _serve(work: Work, connection: Connection) -> None:
     """Do tasks until the connection closes. The body of a worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the parent, which ends its workers
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
+    begin_child(signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(1)
     work = work.private()
     received: list[torch.Tensor] = []
@@ -288,18 +294,6 @@ def _outcome(work: Work, task: Task) -> bytes:
                 error = RuntimeError(repr(error))
             error.add_note(note)
         return _dumps(error)
-
-
-def die_with_parent() -> None:
-    """Have this process end as soon as the one that started it has ended, however that came."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101
-
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _common(tasks: Sequence[Task]) -> set[int]:

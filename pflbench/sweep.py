@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import signal
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from pflbench.children import begin_child, signals_held
 from pflbench.errors import PflbenchError, RunBusy, UsageError, unknown
 from pflbench.record import is_busy
 from pflbench.spec import RunSpec
@@ -181,8 +183,9 @@ def run(
                 elif is_busy(out, spec.id):
                     later.append(spec)
                 else:
-                    connection, process = _begin(spec, out, data_dir, retry)
-                    active[connection] = spec, process
+                    with signals_held():
+                        connection, process = _begin(spec, out, data_dir, retry)
+                        active[connection] = spec, process
                     on_event(Event("started", spec))
             if not active and later:  # what is left is computed elsewhere
                 time.sleep(_RETRY)
@@ -229,14 +232,10 @@ def _begin(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool) -> tupl
 
 def _compute(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool, to: Connection) -> None:
     """Compute one run, in a process of its own, and tell how it goes."""
-    import signal
-
+    # The sweep ends its runs; without one, this would wait for a reader for ever, and keep the run to itself.
+    begin_child(signal.SIG_DFL)
     from pflbench import engine
-    from pflbench.executors import die_with_parent
 
-    die_with_parent()  # else it would wait for a reader for ever, and keep the run to itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the sweep, which ends its runs
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     began: list[RunSpec] = []
     try:
         record = engine.run(

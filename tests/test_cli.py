@@ -1,5 +1,6 @@
 """What the commands print, write and return."""
 
+import contextlib
 import csv
 import json
 import os
@@ -538,6 +539,46 @@ def test_interrupted(
         time.sleep(0.05)
     assert not any(map(alive, workers))
     assert not [path for path in (tmp_path / "runs").glob("[!.]*") if path.suffix != ".partial"]
+
+
+STARTING = """
+import os, signal
+from multiprocessing.process import BaseProcess
+from pflbench.cli import main
+
+start = BaseProcess.start
+
+def started(self):
+    start(self)  # nobody knows of the child yet, and it has not set its signals
+    os.killpg(0, signal.Signals[os.environ["NUMBER"]])
+
+BaseProcess.start = started
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+@pytest.mark.parametrize("command", [["run", "--workers", "2"], ["sweep", "--jobs", "2", "--seed", "0", "--seed", "1"]])
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_interrupted_while_processes_are_started(
+    quick: list[str], tmp_path: Path, command: list[str], number: str, code: int, word: str
+) -> None:
+    name, *options = command
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", STARTING, name, *quick, *options, "--rounds", "100000"],
+        cwd=tmp_path, env=environment(NUMBER=number), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        try:
+            _, err = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of its session
+    assert process.returncode == code
+    assert [line for line in err.splitlines() if line.startswith("Error") or "Traceback" in line] == [
+        line for line in err.splitlines() if line.startswith(f"Error: {word};")
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of POSIX")
