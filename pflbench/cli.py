@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -128,7 +130,10 @@ def run(
         spec = resolve(spec, data_dir=data_dir, notice=_notice, download=False)
         click.echo(json.dumps({"id": spec.id, "spec": spec.to_dict()}, indent=None if as_json else 2))
         return
-    from pflbench import engine
+    from pflbench.children import signals_held
+
+    with signals_held():  # an exception is lost in what torch runs at its import
+        from pflbench import engine
     from pflbench.progress import Progress, table
 
     with contextlib.ExitStack() as stack:
@@ -502,13 +507,27 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception: what is open gets closed, and workers are ended."""
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _Terminated
+class _Stop:
+    """The handler of SIGINT and SIGTERM: raises, but once for signals that come together.
+
+    `timeout` sends them to the process and to its group; the second must not interrupt the end of the workers.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, _frame: object) -> None:
+        before, self._last = self._last, time.monotonic()
+        if self._last - before > 5:
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
 
 def main() -> None:
     """Run the command line; every error that is not a fault of ours is one line, with exit code 2 for bad input."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, stop)
     try:
         code = cli.main(prog_name="pflbench", standalone_mode=False)
     except PflbenchError as error:

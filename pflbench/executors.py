@@ -224,10 +224,11 @@ class Processes:
         self._workers[ours] = process
 
     def __exit__(self, *error: object) -> None:
-        for connection, process in self._workers.items():
-            process.kill()
-            process.join()
-            connection.close()
+        with signals_held():
+            for connection, process in self._workers.items():
+                process.kill()
+                process.join()
+                connection.close()
 
     def map(self, tasks: Sequence[Task]) -> list[Any]:
         """Return the results of `tasks`, in the order of `tasks`. That of a task that failed is its exception."""

@@ -211,10 +211,11 @@ def run(
                 else:
                     end(spec, kind, value)
     finally:
-        for connection, (_, process) in active.items():
-            process.kill()  # its worker ends with it; its checkpoint is good
-            process.join()
-            connection.close()
+        with signals_held():
+            for connection, (_, process) in active.items():
+                process.kill()  # its worker ends with it; its checkpoint is good
+                process.join()
+                connection.close()
     return failed
 
 

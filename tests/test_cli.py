@@ -546,13 +546,18 @@ import os, signal
 from multiprocessing.process import BaseProcess
 from pflbench.cli import main
 
-start = BaseProcess.start
+start, kill = BaseProcess.start, BaseProcess.kill
+number = signal.Signals[os.environ["NUMBER"]]
 
 def started(self):
     start(self)  # nobody knows of the child yet, and it has not set its signals
-    os.killpg(0, signal.Signals[os.environ["NUMBER"]])
+    os.killpg(0, number)
 
-BaseProcess.start = started
+def killed(self):
+    os.killpg(0, number)  # again, as `timeout` does it
+    kill(self)
+
+BaseProcess.start, BaseProcess.kill = started, killed
 main()
 """
 
