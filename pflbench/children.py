@@ -1,38 +1,75 @@
-"""Child processes: begun with signals held back, ended with their parent."""
+"""Child processes: started with signals held back, ended with their parent."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from multiprocessing.connection import wait
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while children are started.
+    """Hold SIGINT and SIGTERM back: what they would interrupt here could not be put right.
 
-    One that came in between would leave a child that nobody knows of, or run the parent's handler in the child.
+    While a child is started, one would leave it unknown, or run the parent's handler in it.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    # By handlers, and not by the thread's mask: a signal then goes to another thread, such as one of OpenMP's, and
+    # Python runs its handler in the main thread all the same.
+    if threading.current_thread() is not threading.main_thread():  # handlers interrupt the main thread alone
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    came: list[int] = []
     try:
-        yield
+        with contextlib.ExitStack() as handlers:
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not None:  # None: a handler that Python did not set, and cannot restore
+                    before = signal.signal(number, lambda number, _frame: came.append(number))
+                    handlers.callback(signal.signal, number, before)
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for held in dict.fromkeys(came):
+            signal.raise_signal(held)
+
+
+def start_child(
+    target: Callable[..., None], *args: Any, duplex: bool = True, daemon: bool = False
+) -> tuple[Connection, BaseProcess]:
+    """Start a process that calls `target` with `args` and its end of a pipe; return ours, and the process.
+
+    Forked on Linux, spawned elsewhere. The caller holds signals back until it has noted the child.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ours, theirs = context.Pipe(duplex)
+    process = context.Process(target=target, args=(*args, theirs), daemon=daemon)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads at a fork. Children use none of this process's threads and locks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+def end_children(children: Iterable[tuple[Connection, BaseProcess]]) -> None:
+    """Kill the processes, wait for their end, and close the pipes to them."""
+    with signals_held():
+        for connection, process in children:
+            process.kill()
+            process.join()
+            connection.close()
 
 
 def begin_child(on_sigterm: signal.Handlers) -> None:
     """Have this process, a child, leave SIGINT to its parent, and end as soon as that has ended, however that came."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_sigterm)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101
 

@@ -7,13 +7,10 @@ import contextlib
 import copy
 import dataclasses
 import io
-import multiprocessing
 import pickle
 import signal
-import sys
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,7 +25,7 @@ import torch
 from pflbench import evaluate
 from pflbench.algorithm import Algorithm, Message, State
 from pflbench.checkpoint import Saved, Stored, load_state, save_state
-from pflbench.children import begin_child, signals_held
+from pflbench.children import begin_child, end_children, signals_held, start_child
 from pflbench.errors import PflbenchError, RunError
 from pflbench.evaluate import Score
 from pflbench.federation import Federation
@@ -206,29 +203,15 @@ class Processes:
         try:
             with signals_held():
                 for _ in range(self._wanted):
-                    self._begin()
+                    connection, process = start_child(_serve, self._work, daemon=True)
+                    self._workers[connection] = process
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _begin(self) -> None:
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self._work, theirs), daemon=True)  # type: ignore[attr-defined]
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads at a fork. The workers use one thread and none of this process's locks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
-        theirs.close()
-        self._workers[ours] = process
-
     def __exit__(self, *error: object) -> None:
-        with signals_held():
-            for connection, process in self._workers.items():
-                process.kill()
-                process.join()
-                connection.close()
+        end_children(self._workers.items())
 
     def map(self, tasks: Sequence[Task]) -> list[Any]:
         """Return the results of `tasks`, in the order of `tasks`. That of a task that failed is its exception."""

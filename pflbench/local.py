@@ -289,13 +289,11 @@ class Local:
 
         Within `descend`, in training mode. `only` selects the parameters. With `exact` nothing is computed in bf16.
         """
-        self.counts.forward += len(y)
-        self.counts.backward += len(y)
         net = self._bench.load(at).train(self._descending is not None)
         named = {name: p for name, p in net.named_parameters() if only is None or only(name)}
         for name, p in net.named_parameters():
             p.requires_grad_(name in named)
-        with contextlib.nullcontext() if exact else self._bench.forward():
+        with self._counted(net), contextlib.nullcontext() if exact else self._bench.forward():
             value = loss(net, x.clone(), y).mean()  # a first layer may work in place, and the batch may come again
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         if self._descending == "train":
@@ -324,9 +322,8 @@ class Local:
     def loss(self, model: Params) -> float:
         """Return the mean cross-entropy of the training samples under `model`, in evaluation mode."""
         net = self._bench.load(model).eval()
-        self.counts.forward += self.n
         total = 0.0
-        with torch.no_grad(), self._bench.forward():
+        with self._counted(net), torch.no_grad(), self._bench.forward():
             for part in chunks(self.n):
                 total += float(cross_entropy(net, self._bench.batch(self._x, part), self.y[part]).sum())
         return total / self.n
@@ -352,11 +349,14 @@ class Local:
 
     @contextlib.contextmanager
     def _counted(self, net: Net) -> Iterator[None]:
-        """Count what passes through the body of `net`, with whichever parameters and however often, both ways."""
+        """Count what passes through the body of `net`, with whichever parameters and however often.
+
+        What passes with gradients passes backward, too.
+        """
 
         def count(_body: nn.Module, _inputs: object, features: Tensor) -> None:
             self.counts.forward += len(features)
-            self.counts.backward += len(features)
+            self.counts.backward += len(features) if torch.is_grad_enabled() else 0
 
         hook = net.body.register_forward_hook(count)
         try:
@@ -365,8 +365,7 @@ class Local:
             hook.remove()
 
     def _features(self, net: Net) -> Tensor:
-        self.counts.forward += self.n
-        with torch.no_grad(), self._bench.forward():
+        with self._counted(net), torch.no_grad(), self._bench.forward():
             found = torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
         return found.to(self._bench.dtype)
 

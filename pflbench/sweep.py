@@ -3,11 +3,8 @@
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import signal
-import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -15,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pflbench.children import begin_child, signals_held
+from pflbench.children import begin_child, end_children, signals_held, start_child
 from pflbench.errors import PflbenchError, RunBusy, UsageError, unknown
 from pflbench.record import is_busy
 from pflbench.spec import RunSpec
@@ -184,7 +181,7 @@ def run(
                     later.append(spec)
                 else:
                     with signals_held():
-                        connection, process = _begin(spec, out, data_dir, retry)
+                        connection, process = start_child(_compute, spec, out, data_dir, retry, duplex=False)
                         active[connection] = spec, process
                     on_event(Event("started", spec))
             if not active and later:  # what is left is computed elsewhere
@@ -211,24 +208,9 @@ def run(
                 else:
                     end(spec, kind, value)
     finally:
-        with signals_held():
-            for connection, (_, process) in active.items():
-                process.kill()  # its worker ends with it; its checkpoint is good
-                process.join()
-                connection.close()
+        # Their workers end with them; their checkpoints are good.
+        end_children((connection, process) for connection, (_, process) in active.items())
     return failed
-
-
-def _begin(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool) -> tuple[Connection, BaseProcess]:
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_compute, args=(spec, out, data_dir, retry, theirs))  # type: ignore[attr-defined]
-    with warnings.catch_warnings():
-        # Python 3.12 warns of threads at a fork: the display's uses nothing that the child does.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process.start()
-    theirs.close()
-    return ours, process
 
 
 def _compute(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool, to: Connection) -> None:
