@@ -514,9 +514,11 @@ class _Stop:
     """
 
     def __init__(self) -> None:
+        self.number: int | None = None  # of the last one
         self._last = -math.inf
 
     def __call__(self, number: int, _frame: object) -> None:
+        self.number = number
         before, self._last = self._last, time.monotonic()
         if self._last - before > 5:
             raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
@@ -530,18 +532,25 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     try:
         code = cli.main(prog_name="pflbench", standalone_mode=False)
-    except PflbenchError as error:
+    except BaseException as error:
+        # By number: compiled code that the handler's exception interrupts may raise one of its own instead.
+        if stop.number == signal.SIGTERM:
+            _end("terminated; a run goes on with --resume", 143)
+        if stop.number == signal.SIGINT or isinstance(error, (KeyboardInterrupt, click.Abort)):
+            _end("interrupted; a run goes on with --resume", 130)
+        _fail(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    if isinstance(error, PflbenchError):
         _end(str(error), error.exit_code)
-    except click.exceptions.NoArgsIsHelpError as error:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         sys.exit(2)
-    except click.ClickException as error:
+    if isinstance(error, click.ClickException):
         _end(" ".join(error.format_message().split()), 2)
-    except (KeyboardInterrupt, click.Abort):
-        _end("interrupted; a run goes on with --resume", 130)
-    except _Terminated:
-        _end("terminated; a run goes on with --resume", 143)
-    except BrokenPipeError:  # the reader of our output went away
+    if isinstance(error, BrokenPipeError):  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+    raise error

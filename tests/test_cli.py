@@ -542,7 +542,7 @@ def test_interrupted(
 
 
 STARTING = """
-import os, signal
+import os, signal, threading, time
 from multiprocessing.process import BaseProcess
 from pflbench.cli import main
 
@@ -558,6 +558,7 @@ def killed(self):
     kill(self)
 
 BaseProcess.start, BaseProcess.kill = started, killed
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()  # OpenMP has some, at times; they get signals
 main()
 """
 
@@ -584,6 +585,35 @@ def test_interrupted_while_processes_are_started(
     assert [line for line in err.splitlines() if line.startswith("Error") or "Traceback" in line] == [
         line for line in err.splitlines() if line.startswith(f"Error: {word};")
     ]
+
+
+REPLACED = """
+import signal
+from pflbench import engine
+from pflbench.cli import main
+
+def run(*_args, **_options):
+    try:
+        signal.raise_signal(signal.NUMBER)
+    except BaseException:
+        raise ValueError from None  # so does torch's C++ at some places
+
+engine.run = run
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_interrupted_where_another_exception_comes_of_it(
+    quick: list[str], tmp_path: Path, number: str, code: int, word: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REPLACED.replace("NUMBER", number), "run", *quick],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, f"Error: {word}; a run goes on with --resume\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of POSIX")
