@@ -276,6 +276,12 @@ def sweep(
     if retry:
         found = {run: status if status == "finished" else None for run, status in found.items()}
     missing = sum(status is None for status in found.values())
+    if other := sweeps.of_other_code(specs, folder):
+        run, what = next(iter(other.items()))
+        _notice(
+            f"of the runs that are there, {len(other)} were made with other code ({run} with {what}); "
+            "move them away to run them anew"
+        )
     if dry_run:
         if as_json:
             click.echo(json.dumps([{"id": s.id, "status": found[s.id], "spec": s.to_dict()} for s in specs]))

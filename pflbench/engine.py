@@ -19,7 +19,7 @@ from pflbench.errors import Diverged, UsageError, unknown
 from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, one_thread
 from pflbench.federation import Federation
 from pflbench.models import Net, build_model
-from pflbench.record import Record, Writer, check_out, machine, source_fingerprint, versions
+from pflbench.record import Record, Writer, check_out, machine, outdated, source_fingerprint, versions
 from pflbench.rng import rng
 from pflbench.spec import RunSpec
 
@@ -61,10 +61,10 @@ def run(
     if folder is not None:
         check_out(folder)
     spec = resolve(spec or RunSpec(), federation, model, data_dir=data_dir, notice=notice)
-    if folder is not None and _shows_record(folder, spec, force=force, resume=resume):
-        return Record.load(folder / spec.id)
-    workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
     algorithm = registry.algorithm(spec.algo)(**spec.hyperparameters)
+    if folder is not None and _shows_record(folder, spec, force=force, resume=resume):
+        return _record(folder / spec.id, algorithm, notice)
+    workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
     federation = federation or load_federation(spec, data_dir)
     if model is None:
         init = spec.seed_of("init")
@@ -97,7 +97,7 @@ def run(
     with writer.locked():
         # Another process may have finished it meanwhile, or one may have been killed when all was written.
         if not force and (writer.publish_complete() or _shows_record(folder, spec, force=force, resume=resume)):
-            return Record.load(folder / spec.id)
+            return _record(folder / spec.id, algorithm, notice)
         kept, untested = writer.start(first, resume=resume and not force, notice=notice)
         record.client_states = ClientStates(spec.clients, first, kept, writer.states)
         work = Work(spec, algorithm, federation, net, writer.states)
@@ -112,6 +112,14 @@ def _shows_record(folder: Path, spec: RunSpec, *, force: bool, resume: bool) -> 
     """Return whether the record that is there is the answer: not if a forced run was interrupted and is resumed."""
     interrupted = (folder / f"{spec.id}.partial").exists()
     return not force and (folder / spec.id).exists() and not (resume and interrupted)
+
+
+def _record(path: Path, algorithm: Algorithm, notice: Callable[[str], None]) -> Record:
+    """Read a record; say so if the code of today may give other numbers."""
+    record = Record.load(path)
+    if what := outdated(record.to_dict(), algorithm):
+        notice(f"run {record.id} was made with {what}; --force runs it anew")
+    return record
 
 
 class _Loop:

@@ -392,6 +392,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def outdated(run: Mapping[str, Any], algorithm: "Algorithm") -> str | None:
+    """Return in what the code that made a record differs from this one; None if in nothing.
+
+    `run` has the record's fingerprints and versions, as in run.json; `algorithm` is its method, as it is now.
+    """
+    if run.get("fingerprints", {}).get("algorithm") != source_fingerprint(algorithm):
+        return f"another source of {algorithm.name} or of pflbench"
+    was, now = run.get("versions", {}), versions()
+    for name in sorted({*was, *now}):
+        if was.get(name) != now.get(name):
+            return f"{name} {was.get(name, 'absent')} and not {now.get(name, 'absent')}"
+    return None
+
+
 def machine(executor: str, workers: int) -> dict[str, Any]:
     """Return on what the run was computed, and by which commit of pflbench where that is known."""
     return {

@@ -12,9 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from pflbench import registry
 from pflbench.children import begin_child, end_children, signals_held, start_child
 from pflbench.errors import PflbenchError, RunBusy, UsageError, unknown
-from pflbench.record import is_busy
+from pflbench.record import is_busy, outdated
 from pflbench.spec import RunSpec
 
 _TABLES = ("base", "grid", "algorithm", "include", "exclude")
@@ -142,6 +143,18 @@ def status(spec: RunSpec, out: Path) -> str | None:
         return "finished" if run["status"] == "finished" else f"{run['status']}: {run['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path} cannot be read; move it away"
+
+
+def of_other_code(specs: Sequence[RunSpec], out: Path) -> dict[str, str]:
+    """Return in what the code that made finished records of `specs` differs from this one, by id."""
+    found = {}
+    for spec in specs:
+        if status(spec, out) == "finished":
+            run = json.loads((out / spec.id / "run.json").read_text(encoding="utf-8"))
+            what = outdated(run, registry.algorithm(spec.algo)(**spec.hyperparameters))
+            if what is not None:
+                found[spec.id] = what
+    return found
 
 
 def run(

@@ -293,6 +293,24 @@ def test_a_second_time_shows_the_record(finished: tuple[Done, Path], quick: list
     assert contents(cwd) == before
 
 
+@pytest.mark.parametrize("changed", ["source", "torch"])
+def test_a_record_of_other_code_is_shown_as_such(
+    call: Callable[..., Done], quick: list[str], monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    settings = [*quick, "--executor", "serial", "--rounds", "1", "--algo", "fedavg"]
+    made = json.loads(call("run", *settings, "--json").out)
+    if changed == "source":
+        monkeypatch.setattr("pflbench.record.source_fingerprint", lambda _: "0" * 64)
+        what = "another source of fedavg or of pflbench"
+    else:
+        now = made["versions"]["torch"]
+        monkeypatch.setattr("pflbench.record.versions", lambda: {**made["versions"], "torch": "9.0"})
+        what = f"torch {now} and not 9.0"
+    note = f"Note: run {made['id']} was made with {what}; --force runs it anew"
+    assert note in call("run", *settings).err.splitlines()
+    assert note not in call("run", *settings, "--force").err.splitlines()
+
+
 def test_force_runs_anew(call: Callable[..., Done], quick: list[str], tmp_path: Path) -> None:
     settings = [*quick, "--algo", "fedrep", "--set", "head_epochs=1", "--executor", "serial", "--json"]
     runs, written = [], []

@@ -158,6 +158,14 @@ def test_a_plan_is_shown_a_failing_run_stops_no_other_and_what_is_done_is_not_do
     assert records(tmp_path / "runs") == before
     code, out, err = end(call(*GRID, "--lr", "0.01"))
     assert (code, err.splitlines()) == (0, ["4 runs: 4 are there, 0 to do"])
+    made = next(path for path in (tmp_path / "runs").glob("*/run.json") if '"finished"' in path.read_text())
+    text = made.read_text()
+    made.write_text(text.replace('"numpy": "', '"numpy": "0.'))
+    code, out, err = end(call(*GRID, "--lr", "0.01"))
+    (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
+    assert f"1 were made with other code ({made.parent.name} with numpy 0.{np.__version__} and not" in note
+    made.write_text(text)
+    os.utime(made, ns=(before[made.parent.name],) * 2)
     code, out, err = end(call(*GRID, "--lr", "0.01", "--lr", "1e30", "--retry"))
     assert (code, err.splitlines()[0]) == (1, "8 runs: 4 are there, 4 to do")
     after = records(tmp_path / "runs")
