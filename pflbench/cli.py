@@ -276,7 +276,7 @@ def sweep(
     if retry:
         found = {run: status if status == "finished" else None for run, status in found.items()}
     missing = sum(status is None for status in found.values())
-    if other := sweeps.of_other_code(specs, folder):
+    if other := sweeps.of_other_code([spec for spec in specs if found[spec.id] == "finished"], folder):
         run, what = next(iter(other.items()))
         _notice(
             f"of the runs that are there, {len(other)} were made with other code ({run} with {what}); "

@@ -146,14 +146,12 @@ def status(spec: RunSpec, out: Path) -> str | None:
 
 
 def of_other_code(specs: Sequence[RunSpec], out: Path) -> dict[str, str]:
-    """Return in what the code that made finished records of `specs` differs from this one, by id."""
+    """Return in what the code that made the finished records of `specs` differs from this one, by id."""
     found = {}
     for spec in specs:
-        if status(spec, out) == "finished":
-            run = json.loads((out / spec.id / "run.json").read_text(encoding="utf-8"))
-            what = outdated(run, registry.algorithm(spec.algo)(**spec.hyperparameters))
-            if what is not None:
-                found[spec.id] = what
+        run = json.loads((out / spec.id / "run.json").read_text(encoding="utf-8"))
+        if what := outdated(run, registry.algorithm(spec.algo)(**spec.hyperparameters)):
+            found[spec.id] = what
     return found
 
 
