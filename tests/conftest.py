@@ -1,5 +1,9 @@
-"""A toy for the tests of methods: a tiny federation and network, and the same network written out in plain tensors."""
+"""What several tests need.
 
+Above all a toy for those of methods: a tiny federation and network, and the same network written out in plain tensors.
+"""
+
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import pflbench
@@ -211,6 +216,61 @@ def pip_install() -> Callable[[Path, Path], None]:
         subprocess.run([*pip, *offline, "--target", target, source], check=True, capture_output=True, text=True)
 
     return install
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 noisy images of 3 classes that can be told apart."""
+    root = tmp_path_factory.mktemp("images") / "tree"
+    random = np.random.RandomState(0)
+    for part, n in (("train", 9), ("test", 3)):
+        for number, kind in enumerate(("cat", "dog", "owl")):
+            (root / part / kind).mkdir(parents=True)
+            for i in range(n):
+                pixels = random.randint(0, 128, (16, 16, 3)) + 64 * number
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / kind / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def quick(tree: Path) -> list[str]:
+    """The settings of a run of a second."""
+    return [
+        *("--dataset", f"folder:{tree}", "--data-dir", str(tree.parent / "data"), "--model", "mlp", "--clients", "3"),
+        *("--join-ratio", "1", "--rounds", "2", "--local-epochs", "1", "--min-samples", "2", "--alpha", "1"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., dict[str, str]]:
+    """The variables of a plain terminal, without a network."""
+    settings = ("PYTHONUNBUFFERED", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
+    kept = {name: value for name, value in os.environ.items() if name not in settings}
+    nowhere = "http://127.0.0.1:9"
+    return lambda **more: kept | {"TERM": "xterm", "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": ""} | more
+
+
+@pytest.fixture(scope="session")
+def children() -> Callable[[int], set[int]]:
+    """The processes that a process has started and not yet waited for (Linux)."""
+
+    def read(pid: int) -> set[int]:
+        return {int(n) for path in Path(f"/proc/{pid}/task").glob("*/children") for n in path.read_text().split()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def alive() -> Callable[[Iterable[int]], set[int]]:
+    """Which of some processes have not ended (Linux)."""
+
+    def running(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return lambda pids: {pid for pid in pids if running(pid)}
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,13 @@
 """What the commands print, write and return."""
 
-import contextlib
 import csv
 import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,29 +34,6 @@ class Done(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 noisy images of 3 classes that can be told apart."""
-    root = tmp_path_factory.mktemp("images") / "tree"
-    random = np.random.RandomState(0)
-    for part, n in (("train", 9), ("test", 3)):
-        for number, kind in enumerate(("cat", "dog", "owl")):
-            (root / part / kind).mkdir(parents=True)
-            for i in range(n):
-                pixels = random.randint(0, 128, (16, 16, 3)) + 64 * number
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / kind / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def quick(tree: Path) -> list[str]:
-    """The settings of a run of a second."""
-    return [
-        *("--dataset", f"folder:{tree}", "--data-dir", str(tree.parent / "data"), "--model", "mlp", "--clients", "3"),
-        *("--join-ratio", "1", "--rounds", "2", "--local-epochs", "1", "--min-samples", "2", "--alpha", "1"),
-    ]
-
-
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run a command in this process, in an empty folder."""
@@ -74,19 +48,17 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return run
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Of a plain terminal, without a network."""
-    settings = ("PYTHONUNBUFFERED", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
-    kept = {name: value for name, value in os.environ.items() if name not in settings}
-    nowhere = "http://127.0.0.1:9"
-    return kept | {"TERM": "xterm", "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": ""} | more
+@pytest.fixture(scope="module")
+def spawn(environment: Callable[..., dict[str, str]]) -> Callable[..., Done]:
+    """Run a command in a process."""
 
+    def run(*args: str, cwd: Path) -> Done:
+        done = subprocess.run(
+            [PFLBENCH, *args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
 
-def spawn(*args: str, cwd: Path, **kw: Any) -> Done:
-    done = subprocess.run(
-        [PFLBENCH, *args], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120, **kw
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return run
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -191,7 +163,9 @@ def test_describe(call: Callable[..., Done], name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(quick: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+def finished(
+    spawn: Callable[..., Done], quick: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Done, Path]:
     """The default method and executor, as a process; its output and the folder that it was in."""
     cwd = tmp_path_factory.mktemp("finished")
     return spawn("run", *quick, "--set", "align-lr=0.02", cwd=cwd), cwd
@@ -282,7 +256,9 @@ def test_the_record_has_every_round_and_every_client(record: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_second_time_shows_the_record(finished: tuple[Done, Path], quick: list[str], record: Path) -> None:
+def test_a_second_time_shows_the_record(
+    spawn: Callable[..., Done], finished: tuple[Done, Path], quick: list[str], record: Path
+) -> None:
     first, cwd = finished
     before = contents(cwd)
     done = spawn("run", *quick, "--set", "align_lr=0.02", "--executor", "serial", cwd=cwd)
@@ -484,7 +460,7 @@ def test_auto_with_a_network_is_cifar10(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_bar_on_a_terminal(quick: list[str], tmp_path: Path) -> None:
+def test_a_bar_on_a_terminal(environment: Callable[..., dict[str, str]], quick: list[str], tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [PFLBENCH, "run", *quick, "--algo", "fedavg"],
@@ -510,133 +486,11 @@ def test_a_bar_on_a_terminal(quick: list[str], tmp_path: Path) -> None:
     assert "\x1b" not in out
 
 
-def children(pid: int) -> list[int]:
-    return [int(n) for path in Path(f"/proc/{pid}/task").glob("*/children") for n in path.read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "parent"])
-@pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-    ids=["int", "term"],
-)
-def test_interrupted(
-    quick: list[str], tmp_path: Path, number: signal.Signals, code: int, word: str, whole_group: bool
-) -> None:
-    with subprocess.Popen(
-        [PFLBENCH, "run", *quick, "--rounds", "100000", "--workers", "2"],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            while not process.stderr.readline().startswith("round 2/"):
-                assert process.poll() is None
-            workers = children(process.pid)
-            assert len(workers) == 2
-            (os.killpg if whole_group else os.kill)(process.pid, number)
-            out, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == code
-    assert out == ""
-    lines = [line for line in err.splitlines() if line and not line.startswith("round ")]
-    assert lines == [f"Error: {word}; a run goes on with --resume"]
-    deadline = time.monotonic() + 10
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, workers))
-    assert not [path for path in (tmp_path / "runs").glob("[!.]*") if path.suffix != ".partial"]
-
-
-STARTING = """
-import os, signal, threading, time
-from multiprocessing.process import BaseProcess
-from pflbench.cli import main
-
-start, kill = BaseProcess.start, BaseProcess.kill
-number = signal.Signals[os.environ["NUMBER"]]
-
-def started(self):
-    start(self)  # nobody knows of the child yet, and it has not set its signals
-    os.killpg(0, number)
-
-def killed(self):
-    os.killpg(0, number)  # again, as `timeout` does it
-    kill(self)
-
-BaseProcess.start, BaseProcess.kill = started, killed
-threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()  # OpenMP has some, at times; they get signals
-main()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
-@pytest.mark.parametrize("command", [["run", "--workers", "2"], ["sweep", "--jobs", "2", "--seed", "0", "--seed", "1"]])
-@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_interrupted_while_processes_are_started(
-    quick: list[str], tmp_path: Path, command: list[str], number: str, code: int, word: str
-) -> None:
-    name, *options = command
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", STARTING, name, *quick, *options, "--rounds", "100000"],
-        cwd=tmp_path, env=environment(NUMBER=number), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
-        try:
-            _, err = process.communicate(timeout=60)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what is left of its session
-    assert process.returncode == code
-    assert [line for line in err.splitlines() if line.startswith("Error") or "Traceback" in line] == [
-        line for line in err.splitlines() if line.startswith(f"Error: {word};")
-    ]
-
-
-REPLACED = """
-import signal
-from pflbench import engine
-from pflbench.cli import main
-
-def run(*_args, **_options):
-    try:
-        signal.raise_signal(signal.NUMBER)
-    except BaseException:
-        raise ValueError from None  # so does torch's C++ at some places
-
-engine.run = run
-main()
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
-@pytest.mark.parametrize(("number", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_interrupted_where_another_exception_comes_of_it(
-    quick: list[str], tmp_path: Path, number: str, code: int, word: str
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", REPLACED.replace("NUMBER", number), "run", *quick],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, f"Error: {word}; a run goes on with --resume\n")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes of POSIX")
 @pytest.mark.parametrize("command", ["--help", "list algorithms", "list algorithms --json", "run", "partition --json"])
-def test_a_reader_that_goes_away(command: str, finished: tuple[Done, Path], quick: list[str], tree: Path) -> None:
+def test_a_reader_that_goes_away(
+    environment: Callable[..., dict[str, str]], command: str, finished: tuple[Done, Path], quick: list[str], tree: Path
+) -> None:
     name, *more = command.split()
     if name == "run":
         more = [*quick, "--set", "align_lr=0.02"]  # shows the record

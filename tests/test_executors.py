@@ -30,17 +30,6 @@ def _prints(record):
     return record.fingerprints["metrics"], record.fingerprints["states"]
 
 
-def _children(pid):
-    return {int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()}
-
-
-def _alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def _eventually(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -179,14 +168,14 @@ def _exit():
 
 @linux
 @pytest.mark.parametrize(("fault", "how"), [(_kill_self, "signal 9"), (_exit, "exit code 7")])
-def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(toy, faulty, fault, how):
+def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(toy, faulty, children, fault, how):
     faulty.fault = fault
-    before = _children(os.getpid())
+    before = children(os.getpid())
     with pytest.raises(RunError, match=rf"died \({how}\) in round 2, client 1") as error:
         toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=3)
     assert "\n" not in str(error.value)
     assert multiprocessing.active_children() == []
-    assert _children(os.getpid()) <= before
+    assert children(os.getpid()) <= before
 
 
 @linux
@@ -351,7 +340,7 @@ def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_re
 
 
 @linux
-def test_no_worker_outlives_a_killed_parent(tmp_path):
+def test_no_worker_outlives_a_killed_parent(tmp_path, children, alive):
     script = tmp_path / "orphans.py"
     script.write_text(
         textwrap.dedent(
@@ -375,22 +364,22 @@ def test_no_worker_outlives_a_killed_parent(tmp_path):
         )
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    children = set()
+    workers = set()
     try:
         for _ in range(3):
             assert parent.stdout.readline() == "working\n"
-        children = _children(parent.pid)
-        assert len(children) == 3
-        assert all(map(_alive, children))
+        workers = children(parent.pid)
+        assert len(workers) == 3
+        assert alive(workers) == workers
         parent.kill()
         parent.wait()
-        assert _eventually(lambda: not any(map(_alive, children)), seconds=10)
+        assert _eventually(lambda: not alive(workers), seconds=10)
     finally:
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        for child in filter(_alive, children):
-            os.kill(child, signal.SIGKILL)
+        for worker in alive(workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 @linux
