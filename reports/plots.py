@@ -62,13 +62,18 @@ def learning(data: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure
     figure.subplots_adjust(left=0.055, right=1 - (legend + 0.15) / width, bottom=0.15, top=0.9, wspace=0.12)
     ends = (("round", "round"), ("megabytes", "megabytes sent, up and down"), ("elapsed", "seconds"))
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, (column, label) in zip(panels, ends, strict=True):
-        for method, own in data.groupby("method"):
-            x, low, mean, high = _band(own, column)
-            look = style[str(method)]
-            axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=str(method))
-            if own["run"].nunique() > 1:
+    for method, own in data.groupby("method"):
+        look = style[str(method)]
+        seeds = 100 * own.pivot(index="round", columns="run", values="accuracy").dropna()  # to where all of them are
+        for axes, (column, _) in zip(panels, ends, strict=True):
+            x = own.groupby("round")[column].mean()[seeds.index]
+            axes.plot(
+                x, seeds.mean(axis=1), color=look.color, linestyle=look.linestyle, linewidth=1.4, label=str(method)
+            )
+            if seeds.shape[1] > 1:
+                low, high = seeds.min(axis=1), seeds.max(axis=1)
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+    for axes, (_, label) in zip(panels, ends, strict=True):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=5)
@@ -76,16 +81,6 @@ def learning(data: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure
     panels[0].set_ylabel("accuracy, %")
     _legend(figure, panels[0], title, outside=False)
     return figure
-
-
-def _band(own: pd.DataFrame, column: str) -> tuple[npt.NDArray[np.float64], ...]:
-    """Return mean, lowest and highest accuracy over the runs, round by round, against the mean of `column`."""
-    by_round = own.groupby("round").agg(
-        x=(column, "mean") if column != "round" else ("round", "first"),
-        low=("accuracy", "min"), mean=("accuracy", "mean"), high=("accuracy", "max"), n=("run", "nunique"),
-    )  # fmt: skip
-    whole = by_round[by_round["n"] == own["run"].nunique()]
-    return (whole["x"].to_numpy(float), *(100 * whole[name].to_numpy(float) for name in ("low", "mean", "high")))
 
 
 def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style], title: str) -> "Figure":
@@ -167,7 +162,8 @@ def save(figure: "Figure", folder: Path, name: str) -> None:
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()  # lays it out, once for both
         figure.set_layout_engine("none")
-    with mpl.rc_context({"pdf.fonttype": 42}):  # fonts that editors can read
+    # Fonts that editors can read, whole: it is by PostScript's setting that matplotlib splits a PDF's.
+    with mpl.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 

@@ -134,11 +134,17 @@ def test_costs_to_a_target_are_means_over_the_seeds_that_reach_it(write, tmp_pat
 
 def test_a_band_is_drawn_only_over_rounds_that_all_seeds_have():
     data = pd.DataFrame(
-        {"run": list("aab"), "round": [1, 2, 1], "accuracy": [0.1, 0.9, 0.3], "elapsed": [1.0, 2.0, 3.0]}
-    )
-    x, low, mean, high = plots._band(data, "elapsed")
-    assert (x.tolist(), low.tolist(), high.tolist()) == ([2.0], [10.0], [30.0])
-    assert mean == pytest.approx([20.0])
+        {"method": "m", "run": list("aabcdd"), "round": [1, 2, 1, 1, 1, 2], "accuracy": [0.1, 0.9, 0.3, 0.2, 0.6, 0.7],
+         "megabytes": 1.0, "elapsed": [1.0, 2.0, 3.0, 5.0, 3.0, 4.0]}
+    )  # fmt: skip
+    rounds, _, seconds = plots.learning(data, plots.styles(["m"]), "a setting").axes
+    for axes, x in ((rounds, 1.0), (seconds, 3.0)):
+        assert axes.lines[0].get_xydata() == pytest.approx(np.array([[x, 30.0]]))
+        (band,) = axes.collections[0].get_paths()
+        assert band.get_extents().extents == pytest.approx([x, 10.0, x, 60.0])
+    one = plots.learning(data[data["run"] == "d"], plots.styles(["m"]), "one seed").axes[2]
+    assert one.lines[0].get_xydata() == pytest.approx(np.array([[3.0, 60.0], [4.0, 70.0]]))
+    assert not one.collections
 
 
 def test_methods_keep_their_colour_and_twenty_two_are_told_apart(written):
