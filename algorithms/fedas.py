@@ -4,9 +4,9 @@ Paper: Yang, Huang, Ye, "FedAS: Bridging Inconsistency in Personalized Federated
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over
-batches of the squared norm of the gradient of the batch's mean loss. Aligned is a copy of the received body; the
-authors' code trains the server's own, so that a client starts from what the clients before it aligned:
-`alignment=in-place` does the same (the aligned body is then sent back, and counted).
+batches of the squared norm of the gradient of the batch's mean loss, which grows with the client's samples. Aligned is
+a copy of the received body; the authors' code trains the server's own, so that a client starts from what the clients
+before it aligned: `alignment=in-place` does the same (the aligned body is then sent back, and counted).
 """
 
 from collections.abc import Callable, Sequence

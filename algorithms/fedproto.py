@@ -38,7 +38,8 @@ class FedProto(Alone):
         lam: float = option(1.0, "lambda, the weight of the distance to the prototypes", ge=0)
 
     def init_server(self, model: Params) -> State:
-        if not {"head.weight", "head.bias"} <= model.keys():
+        head = {name: t.dim() for name, t in model.items() if name.startswith("head.")}
+        if head != {"head.weight": 2, "head.bias": 1}:
             raise UsageError("fedproto: the network's head must be one nn.Linear with a bias, which prototypes replace")
         return {"prototypes": {"mean": 0 * model["head.weight"], "count": 0 * model["head.bias"]}}
 

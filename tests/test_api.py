@@ -11,6 +11,7 @@ from torch import nn
 
 import pflbench
 from pflbench import Federation, Record, RunSpec, UsageError
+from pflbench.engine import load_federation, resolve
 from pflbench.evaluate import Score, summary
 from pflbench.local import Bench
 
@@ -234,6 +235,15 @@ def test_equal_runs_have_equal_ids(a, b):
     assert _id(**a) == _id(**b)
 
 
+def test_the_partition_follows_alpha_and_its_seed():
+    made = [
+        load_federation(resolve(RunSpec(dataset="synthetic10", clients=5, join_ratio=1.0, alpha=a, partition_seed=s)))
+        for a, s in ((0.1, 0), (0.3, 0), (0.1, 1))
+    ]
+    assert len({federation.fingerprints["partition"] for federation in made}) == 3
+    assert len({federation.fingerprints["data"] for federation in made}) == 1
+
+
 def test_iid_has_no_alpha():
     assert RunSpec(partition="iid").normalised().alpha is None
     assert RunSpec().normalised().alpha == 0.1
@@ -373,6 +383,16 @@ def test_the_headline_is_the_last_round_and_the_mean_of_the_last_five_and_best_o
     assert found["busy_seconds"] == pytest.approx(1.0 * 7)
 
 
+def test_best_on_test_is_of_the_deployed_models_and_never_of_the_global_one():
+    row = dict.fromkeys(("bytes_up", "bytes_down", "seconds", "busy_seconds"), 0)
+    own = ("accuracy", "accuracy_mean", "accuracy_std", "accuracy_worst10")
+    rounds = [
+        {"round": i, **row, **dict.fromkeys(own, personal), "global_accuracy": whole}
+        for i, (personal, whole) in enumerate([(0.5, 0.1), (0.4, 0.9), (0.3, 0.2)], 1)
+    ]
+    assert Record(RunSpec(), rounds=rounds).summary["best_on_test"] == {"round": 1, "accuracy": 0.5}
+
+
 def test_the_last_five_are_of_evaluations_and_fewer_when_there_are_fewer(toy):
     record = toy.run("fedavg", rounds=3)
     assert record.summary["last5"]["accuracy"] == pytest.approx(sum(r["accuracy"] for r in record.rounds) / 3)
@@ -400,7 +420,8 @@ def test_a_last_step_that_leaves_the_finite_numbers_ends_the_run_as_diverged(toy
     settings = {"lr": 3e38, "weight_decay": 1e3, "batch_size": 7, "local_epochs": 1, "rounds": 1}
     record = toy.run("fedavg", net=toy.net().float(), **settings)
     assert record.status == "diverged"
-    assert "round 1" in record.reason
+    assert record.reason == "round 1: client 0: the parameters (train) are not finite; lower lr"
+    assert toy.same(record.server["model"], {name: t.float() for name, t in toy.initial().items()})
 
 
 # Records on disk.

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -547,6 +548,11 @@ def test_partition_shows_draws_and_writes_once(call: Callable[..., Done], quick:
 
     assert call("partition", *settings, "--partition-seed", "1", "--out", "partitions").code == 0
     assert len(list(Path("partitions").iterdir())) == 2
+    shutil.copytree(quick[1].removeprefix("folder:"), "others")
+    Image.new("RGB", (16, 16)).save("others/train/cat/0.png")  # other data, the same labels
+    others = json.loads(call("partition", "--dataset", "folder:others", *settings[2:], "--json").out)
+    assert others["fingerprint"] == found["fingerprint"]
+    assert others["path"] != found["path"]
     assert before.items() <= contents(Path("partitions")).items()
 
 

@@ -66,6 +66,20 @@ def test_a_network_that_draws_random_numbers_draws_the_same_everywhere(toy):
     assert not toy.same(toy.run("fedavg", **{**kw, "seed": 1}).server["model"], serial.server["model"])
 
 
+def test_a_network_draws_other_numbers_for_each_seed_round_and_client(toy):
+    net = toy.net()
+    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    x, y, _, _ = toy.arrays()[0]
+    turns = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
+    with torch.random.fork_rng():
+        made = [
+            toy.local(x, y, net=net, seed=s, round=r, client=c).sgd(toy.initial()) for s, r, c in turns
+        ]  # in stored order: only what the network draws differs
+        again = toy.local(x, y, net=net).sgd(toy.initial())
+    assert len({params.fingerprint(p) for p in made}) == len(turns)
+    assert toy.same(again, made[0])
+
+
 def test_a_networks_integer_buffers_do_not_carry_over_from_client_to_client(toy):
     # With momentum=None, BatchNorm's running mean depends on an integer: how many batches it has seen.
     net = toy.net()

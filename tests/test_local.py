@@ -189,6 +189,16 @@ def test_descend_says_when_it_diverges(toy):
         local.descend(toy.initial(), lambda at, batch: {k: t * float("inf") for k, t in at.items()})
 
 
+def test_sgd_says_when_its_loss_and_when_its_parameters_are_not_finite(toy):
+    x, y, _, _ = toy.arrays()[0]
+    with pytest.raises(Diverged, match=r"client 0: the loss \(train\) is nan; lower lr"):
+        toy.local(x * float("nan"), y).sgd(toy.initial())
+    start = {name: t.float() for name, t in toy.initial().items()}  # one step: its loss was finite
+    last = toy.local(x.float(), y, net=toy.net().float(), lr=3e38, weight_decay=1e3, batch_size=7, local_epochs=1)
+    with pytest.raises(Diverged, match=r"client 0: the parameters \(train\) are not finite; lower lr"):
+        last.sgd(start)
+
+
 def test_the_loss_over_all_samples_is_the_mean(toy):
     x, y, _, _ = toy.arrays((200,))[0]
     local = toy.local(x, y)

@@ -50,6 +50,13 @@ def test_the_global_model_is_fedavgs_whatever_lambda(toy, lam):
     assert [r["train_loss"] for r in ditto.rounds] == [r["train_loss"] for r in fedavg.rounds]
 
 
+def test_the_global_model_is_fedavgs_in_a_network_that_draws_random_numbers(toy):
+    net = toy.net()
+    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    ditto, fedavg = (toy.run(name, net=net) for name in ("ditto", "fedavg"))
+    assert toy.same(ditto.server["model"], fedavg.server["model"])
+
+
 def test_lambda_zero_is_local_training_but_the_default_is_not(toy):
     local = toy.run("local", **toy.FULL)
     none, default = toy.run("ditto", {"lam": 0}, **toy.FULL), toy.run("ditto", **toy.FULL)

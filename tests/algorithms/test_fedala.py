@@ -146,6 +146,36 @@ def test_the_first_training_of_the_weights_goes_on_until_ten_losses_are_close_to
     assert local.counts.steps == 16 * 2
 
 
+def test_the_losses_that_converge_are_the_mixtures_over_the_share(toy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Local, "loss", lambda self, model: seen.append((self.n, model)) or 0.0)
+    x, y, _, _ = toy.arrays()[0]
+    start, _ = registry.algorithm("fedala")().mix(toy.local(x, y), *models(toy), {})
+    assert {n for n, _ in seen} == {6}
+    assert toy.same(seen[-1][1], start)
+
+
+def test_the_standard_deviation_of_ten_losses_divides_by_ten(toy, monkeypatch):
+    losses = iter([0.097, -0.097] * 50)  # 0.102, were it by nine
+    monkeypatch.setattr(Local, "loss", lambda self, model: next(losses))
+    x, y, _, _ = toy.arrays()[0]
+    local = toy.local(x, y)
+    registry.algorithm("fedala")().mix(local, *models(toy), {})
+    assert local.counts.steps == 11 * 2
+
+
+@pytest.mark.parametrize("same", [("head.weight", "head.bias"), ("body.0.bias",)], ids=["head", "a-bias"])
+def test_a_received_model_that_is_the_clients_own_in_part_is_mixed(toy, same):
+    x, y, _, _ = toy.arrays()[0]
+    received, own = models(toy)
+    local = toy.local(x, y)
+    _, weights = registry.algorithm("fedala")(layers=2).mix(
+        local, {k: own[k] if k in same else t for k, t in received.items()}, own, {}
+    )
+    assert set(weights) == set(LAST[2])
+    assert local.counts.steps > 0
+
+
 def test_the_loss_in_the_record_is_that_of_the_training_alone(toy):
     record = toy.run("fedala", rounds=2)
     server, own, _ = next(fedala(toy, [[0, 1]]))

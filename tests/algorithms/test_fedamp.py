@@ -104,15 +104,32 @@ def test_attention_that_leaves_less_than_nothing_for_the_client_itself_is_refuse
         method.broadcast(server_of({0: 1.0, 1: 2.0}), 0)
 
 
-def test_the_pull_is_never_further_than_to_the_cloud_model_however_small_alpha_has_become(toy):
+def test_attention_may_leave_nothing_for_the_client_itself():
+    found = registry.algorithm("fedamp")(alpha=2.0, sigma=2.0).broadcast(server_of({0: 3.0, 1: 3.0}), 0)
+    assert float(found["model"]["w"]) == 3
+
+
+def test_client_1_attends_to_client_10():
+    found = registry.algorithm("fedamp")(alpha=0.5, sigma=2.0).broadcast(server_of({1: 1.0, 10: 2.0}), 1)
+    assert float(found["model"]["w"]) == pytest.approx(1 + 0.25 * math.exp(-1 / 2), abs=1e-12)
+
+
+def test_the_defaults():
+    h = registry.algorithm("fedamp")().h
+    assert (h.lam, h.sigma) == (1.0, 1e6)
+
+
+@pytest.mark.parametrize(("number", "lr"), [(1, 0.1), (3, 0.025)])
+def test_the_pull_is_never_further_than_to_the_cloud_model_however_small_alpha_has_become(toy, number, lr):
     x, y, _, _ = toy.arrays()[0]
     cloud, own = toy.initial(), {k: 2 * t for k, t in toy.initial().items()}
     down = Message({"model": cloud, "step": {"alpha": torch.tensor(1e-3).double()}})  # lr lambda / alpha is 100
-    _, new = registry.algorithm("fedamp")().local_update(toy.local(x, y, local_epochs=1), down, {"model": own})
+    local = toy.local(x, y, local_epochs=1, round=number, lr_decay=0.5)
+    _, new = registry.algorithm("fedamp")().local_update(local, down, {"model": own})
     p = cloud
     for b in toy.batches(7, 3):
         g = toy.gradient(lambda q, b=b: toy.nll(q, x[b], y[b]), p, toy.BODY + toy.HEAD)
-        p = {k: cloud[k] - 0.1 * g[k] for k in p}
+        p = {k: cloud[k] - lr * g[k] for k in p}
     toy.close(new["model"], p)
 
 

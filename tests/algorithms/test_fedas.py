@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -236,6 +237,24 @@ def test_the_fisher_trace_sums_squared_gradients_of_the_batches_mean_losses_over
     x, y, _, _ = toy.arrays()[0]
     found = fisher_trace(toy.local(x, y, batch_size=size), toy.initial())
     assert found == pytest.approx(trace(toy, toy.initial(), x, y, toy.batches(7, size)), rel=0, abs=1e-12)
+
+
+def test_the_fisher_trace_is_a_sum_so_that_a_client_with_its_data_twice_weighs_twice(toy):
+    x, y, _, _ = toy.arrays((6,))[0]
+    twice = toy.local(torch.cat([x, x]), torch.cat([y, y]))
+    assert fisher_trace(twice, toy.initial()) == pytest.approx(2 * fisher_trace(toy.local(x, y), toy.initial()))
+
+
+def test_fisher_traces_are_taken_of_uploads_alone(toy, turns, monkeypatch):
+    traced = []
+    monkeypatch.setattr(
+        sys.modules["pflbench.algorithms.fedas"],
+        "fisher_trace",
+        lambda local, model: traced.append(model) or fisher_trace(local, model),
+    )
+    settings, chosen = turns
+    toy.run("fedas", **settings)
+    assert len(traced) == sum(map(len, chosen))
 
 
 def test_the_fisher_trace_uses_the_evaluation_mode(toy):

@@ -1,4 +1,10 @@
 import pytest
+import torch
+from torch import nn
+
+import pflbench
+from pflbench import Message, registry
+from pflbench.rng import rng
 
 
 def test_two_rounds_are_fedavg_evaluated_after_fine_tuning(toy, turns):
@@ -43,3 +49,29 @@ def test_fine_tuning_leaves_nothing_behind_for_the_next_round(toy):
     assert toy.same(often.server["model"], once.server["model"])
     assert often.client_states == once.client_states
     assert often.rounds[-1]["test_loss"] == once.rounds[-1]["test_loss"]
+
+
+def test_fine_tuning_is_one_epoch_unless_told():
+    assert registry.algorithm("fedavg-ft")().h.ft_epochs == 1
+
+
+def test_fine_tuning_has_batch_orders_of_its_own(toy):
+    x, y, _, _ = toy.arrays()[0]
+    local = toy.local(x, y, shuffle=True, seed=5, round=3)
+    tuned = registry.algorithm("fedavg-ft")().personalised(local, Message({"model": toy.initial()}), {"model": {}})
+    order = rng(5, "batches", "fine-tune", 0, 3, 0).permutation(7)
+    batches = [list(order[b]) for b in toy.batches(7, 3)]
+    toy.close(tuned, toy.descend(toy.initial(), batches, lambda q, b: toy.nll(q, x[b], y[b]), lr=0.1))
+
+
+@pytest.mark.parametrize("algo", ["fedavg-ft", "fedbabu"])
+def test_fine_tuning_follows_the_running_statistics(toy, algo):
+    net = toy.net()
+    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    start = toy.initial(net)
+    x, y, _, _ = toy.arrays((8,))[0]
+    method = registry.algorithm(algo)()
+    down, state = method.broadcast(method.init_server(start), 0), method.init_client(start)
+    tuned = method.personalised(toy.local(x, y, net=net, batch_size=4), down, state)
+    for name in ("body.1.running_mean", "body.1.running_var"):
+        assert not torch.equal(tuned[name], start[name])

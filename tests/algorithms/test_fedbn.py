@@ -96,7 +96,9 @@ def test_batch_norm_is_found_in_any_network_and_nothing_else(toy):
 
 @pytest.mark.parametrize("model", [{"model": "cnn"}, {"model": "mlp"}, {"model": "resnet18", "norm": "group"}])
 def test_a_network_without_batch_norm_is_refused_with_the_models_that_have_one_and_nothing_is_written(tmp_path, model):
-    spec = pflbench.RunSpec(algo="fedbn", dataset="synthetic10", **model)
+    spec = pflbench.RunSpec(
+        algo="fedbn", dataset="synthetic10", clients=2, join_ratio=0.5, rounds=1, local_epochs=1, **model
+    )
     with pytest.raises(UsageError, match=r"fedbn: .*--model resnet18, or --model cnn --norm batch"):
         pflbench.run(spec, executor="serial", out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

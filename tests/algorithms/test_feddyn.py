@@ -149,3 +149,7 @@ def test_buffers_of_batch_norm_are_averaged_and_neither_regularised_nor_correcte
 def test_every_hyperparameter_changes_the_result(toy, hyper):
     a, b = toy.run("feddyn", hyper), toy.run("feddyn")
     assert not toy.same(a.server["model"], b.server["model"])
+
+
+def test_alpha_is_that_of_the_authors_example_unless_told():
+    assert registry.algorithm("feddyn")().h.alpha == 0.01

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message, UsageError, registry
 from pflbench.rng import rng
 
 HYPER = {"models": 3, "epsilon": 0.6, "epsilon_decay": 0.2, "validation": 0.3}
@@ -248,6 +248,25 @@ def test_epsilon_falls_with_every_round(done, random):
 def test_who_has_not_taken_part_is_sent_nothing_and_trains_alone():
     method = registry.algorithm("fedfomo")()
     assert method.broadcast(server_of(3), 7).tensors == {}
+
+
+def test_client_1_is_sent_the_model_of_client_10():
+    server = {
+        "rounds": {"done": torch.tensor(0.0)}, "model 1": {"w": torch.ones(1)}, "model 10": {"w": torch.ones(1)},
+        "draws 1": {"draws": torch.full((2, 2), 0.5)},
+    }  # fmt: skip
+    assert list(registry.algorithm("fedfomo")().broadcast(server, 1).tensors) == ["model 10"]
+
+
+def test_uploads_are_the_model_its_draws_and_the_weight_of_each_model_that_was_sent(toy):
+    record = toy.run("fedfomo", {"models": 2}, federation=toy.federation((9, 8)))
+    model, draws, weight = 8 * 24, 8 * 2, 8
+    assert [row["bytes_up"] for row in record.rounds] == [2 * (model + draws), 2 * (model + draws + weight)]
+
+
+def test_not_all_samples_can_be_for_validation():
+    with pytest.raises(UsageError, match="validation"):
+        registry.algorithm("fedfomo")(validation=1.0)
 
 
 @pytest.mark.parametrize("models", [1, 2, 5, 50])

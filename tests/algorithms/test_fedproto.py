@@ -221,6 +221,14 @@ def test_a_client_none_of_whose_classes_has_a_prototype_is_evaluated_with_its_ow
     assert toy.same(own, toy.initial())
 
 
+def test_a_class_of_which_the_client_has_one_sample_is_possible(toy):
+    x, _, _, _ = toy.arrays()[0]
+    local = toy.local(x, torch.tensor([0, 0, 0, 0, 0, 0, 2]))
+    down = _down(toy, torch.ones(3, 3).double(), [1.0, 1.0, 1.0])
+    own = registry.algorithm("fedproto")().personalised(local, down, {"model": toy.initial()})
+    assert own["head.bias"].tolist() == [-3, -1e9, -3]
+
+
 # Identities.
 
 
@@ -266,7 +274,14 @@ def test_batch_norm_stays_on_the_client(toy):
     assert record.server.keys() == {"prototypes"}
 
 
-def test_a_head_that_prototypes_cannot_replace_is_refused(toy):
-    net = pflbench.Net(toy.net().body, torch.nn.Linear(3, 3, bias=False)).double()
+def test_prototypes_of_a_float32_network_are_sent_in_float32(toy):
+    record = toy.run("fedproto", net=toy.net().float())
+    assert {t.dtype for t in record.server["prototypes"].values()} == {torch.float32}
+    assert {row["bytes_up"] for row in record.rounds} == {2 * 4 * 3 * (3 + 1)}
+
+
+@pytest.mark.parametrize("head", [nn.Linear(3, 3, bias=False), nn.LayerNorm(3)], ids=["no-bias", "norm"])
+def test_a_head_that_prototypes_cannot_replace_is_refused(toy, head):
+    net = pflbench.Net(toy.net().body, head).double()
     with pytest.raises(UsageError, match=r"fedproto: the network's head must be one nn.Linear with a bias"):
         toy.run("fedproto", net=net)

@@ -37,6 +37,17 @@ def test_the_head_gets_ten_epochs_unless_told(toy):
     assert record.rounds[0]["steps"] == (10 + 1) * 3 + (10 + 1) * 2
 
 
+def test_the_loss_in_the_record_is_that_of_the_bodys_epochs_alone(toy):
+    record = toy.run("fedrep", {"head_epochs": 3}, rounds=1)
+    total = 0.0
+    for x, y, _, _ in toy.arrays():
+        p = toy.train(toy.initial(), x, y, 3, names=toy.HEAD, lr=0.1)
+        for b in toy.batches(len(y), 3) * 2:
+            total += len(b) * float(toy.nll(p, x[b], y[b]))
+            p = toy.descend(p, [b], lambda q, b, x=x, y=y: toy.nll(q, x[b], y[b]), names=toy.BODY, lr=0.1)
+    assert record.rounds[0]["train_loss"] == pytest.approx(total / (2 * 11), abs=1e-9)
+
+
 def test_no_head_epochs_leave_the_heads_as_they_were(toy):
     record = toy.run("fedrep", {"head_epochs": 0}, **toy.FULL)
     for i in range(2):

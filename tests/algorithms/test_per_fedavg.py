@@ -161,6 +161,14 @@ def test_evaluation_leaves_nothing_behind_for_the_next_round(toy):
     assert often.rounds[-1]["test_loss"] == once.rounds[-1]["test_loss"]
 
 
+def test_adaptation_leaves_the_last_incomplete_batch_out_as_training_does(toy):
+    x, y, _, _ = toy.arrays()[0]
+    start = toy.initial()
+    local = toy.local(x, y, drop_last=True)
+    adapted = registry.algorithm("per-fedavg")(alpha=0.3).personalised(local, Message({"model": start}), {"model": {}})
+    toy.close(adapted, add(start, gradient(toy, start, x[:6], y[:6]), -0.3))
+
+
 def test_the_defaults(toy):
     method = registry.algorithm("per-fedavg")()
     assert (method.h.variant, method.h.alpha, method.h.delta) == ("hf", 0.01, 0.001)

@@ -94,6 +94,19 @@ def test_tiny_alpha_with_500_clients_ends_soon_and_keeps_the_minimum(alpha, bala
     assert np.median((counts > 0).sum(axis=1)) <= 2
 
 
+def test_draws_for_too_small_clients_have_an_end(monkeypatch):
+    draws, draw = [], P._log_dirichlet
+
+    def counted(*args):
+        draws.append(args)
+        assert len(draws) <= 10 * P._DRAWS
+        return draw(*args)
+
+    monkeypatch.setattr(P, "_log_dirichlet", counted)
+    make(labels_of(60000, 10), 50000, alpha=0.01, clients=500, min_samples=20)
+    assert len(draws) == 10 * P._DRAWS
+
+
 def test_moved_counts_what_repair_moved():
     drawn = make(labels_of(60000, 10), 50000, clients=500, alpha=0.01, min_samples=2)
     mended = make(labels_of(60000, 10), 50000, clients=500, alpha=0.01, min_samples=60)

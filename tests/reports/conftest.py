@@ -18,10 +18,13 @@ def sha(*parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def write_record(out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, hyper=None, edit=None, **settings):
+def write_record(
+    out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, peak=None, hyper=None, edit=None, **settings
+):
     """Write the record of a run whose clients' accuracies are around `level` in the end; return its folder.
 
-    `edit` may change what run.json holds.
+    With `peak` they are highest after that round, and the global model's after the first. `edit` may change what
+    run.json holds.
     """
     defaults = {"clients": CLIENTS, "dataset": "cifar10", "alpha": 0.1, "rounds": evaluations, "join_ratio": 0.5}
     spec = RunSpec(algo=algo, hyperparameters=hyper or {}, **{**defaults, **settings}).normalised()
@@ -29,7 +32,9 @@ def write_record(out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, hy
     n = draw.randint(20, 60, spec.clients)
     rounds, clients = [], []
     for i in range(1, evaluations + 1):
-        own = np.clip(level * i / evaluations + spread * draw.randn(spec.clients), 0, 1)
+        rise = (i if peak is None else evaluations - abs(peak - i)) / evaluations
+        whole = 0.5 if peak is None else 2.0 / i
+        own = np.clip(level * rise + spread * draw.randn(spec.clients), 0, 1)
         right = np.round(own * n)
         each = right / n
         rounds.append(
@@ -38,12 +43,12 @@ def write_record(out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, hy
                 "steps": 7, "forward": 70, "backward": 70, "seconds": 0.5, "busy_seconds": 0.9,
                 "accuracy": right.sum() / n.sum(), "accuracy_mean": each.mean(), "accuracy_std": each.std(),
                 "accuracy_worst10": np.sort(each)[: -(-len(each) // 10)].mean(),
-                "global_accuracy": None if algo == "local" else right.sum() / n.sum() / 2, "test_loss": 1.0,
+                "global_accuracy": None if algo == "local" else whole * right.sum() / n.sum(), "test_loss": 1.0,
             }
         )  # fmt: skip
         clients += [
             {"round": i, "client": c, "n": int(n[c]), "accuracy": each[c],
-             "global_accuracy": None if algo == "local" else each[c] / 2}
+             "global_accuracy": None if algo == "local" else whole * each[c]}
             for c in range(spec.clients)
         ]  # fmt: skip
     run = {

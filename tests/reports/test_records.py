@@ -34,15 +34,19 @@ def test_a_real_runs_record_is_loaded_as_it_is(tmp_path, toy):
 
 
 def test_selection_rules_select_rounds(write, tmp_path):
-    write(tmp_path, evaluations=7)
+    write(tmp_path, evaluations=7, level=0.4, spread=0.02, peak=3)
     runs = load(tmp_path)
     rows = runs.rounds["accuracy"].to_list()
+    assert int(np.argmax(rows)) == 2
+    assert int(runs.rounds["global_accuracy"].argmax()) == 0
+    assert runs.rounds["global_accuracy"].max() > max(rows)
     assert scores(runs).iloc[0] == rows[-1]
     assert scores(runs, selection="last5").iloc[0] == pytest.approx(np.mean(rows[-5:]))
     assert scores(runs, selection="best-test").iloc[0] == max(rows)
     own = runs.clients[runs.clients["client"] == 3].sort_values("round")
     assert client_scores(runs).loc[:, 3].iloc[0] == own["accuracy"].iloc[-1]
     assert client_scores(runs, selection="last5").loc[:, 3].iloc[0] == pytest.approx(own["accuracy"].iloc[-5:].mean())
+    assert client_scores(runs, selection="best-test").loc[:, 3].iloc[0] == own["accuracy"].iloc[2]
     assert client_scores(runs, "global_accuracy").loc[:, 3].iloc[0] == own["global_accuracy"].iloc[-1]
 
 
