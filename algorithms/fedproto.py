@@ -24,6 +24,7 @@ from pflbench.errors import UsageError
 from pflbench.local import Local
 from pflbench.models import Net
 from pflbench.options import option
+from pflbench.params import linear_head
 from pflbench.registry import register
 
 from .local import Local as Alone
@@ -38,8 +39,7 @@ class FedProto(Alone):
         lam: float = option(1.0, "lambda, the weight of the distance to the prototypes", ge=0)
 
     def init_server(self, model: Params) -> State:
-        head = {name: t.dim() for name, t in model.items() if name.startswith("head.")}
-        if head != {"head.weight": 2, "head.bias": 1}:
+        if not linear_head(model) or "head.bias" not in model:
             raise UsageError("fedproto: the network's head must be one nn.Linear with a bias, which prototypes replace")
         return {"prototypes": {"mean": 0 * model["head.weight"], "count": 0 * model["head.bias"]}}
 

@@ -22,6 +22,7 @@ from pflbench.errors import UsageError
 from pflbench.local import Local
 from pflbench.models import Net
 from pflbench.options import option
+from pflbench.params import linear_head
 from pflbench.registry import register
 
 from .fedavg import FedAvg
@@ -39,9 +40,9 @@ class FedRoD(FedAvg):
         return name.startswith("personal.")
 
     def init_client(self, model: Params) -> State:
-        head = {name: t for name, t in model.items() if name.startswith("head.")}
-        if head.keys() | {"head.bias"} != {"head.weight", "head.bias"} or head["head.weight"].dim() != 2:
+        if not linear_head(model):
             raise UsageError("fedrod: the network's head must be one nn.Linear, so that two heads sum to one")
+        head = {name: t for name, t in model.items() if name.startswith("head.")}
         return {"model": {name.replace("head.", "personal."): torch.zeros_like(t) for name, t in head.items()}}
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:

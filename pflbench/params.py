@@ -32,6 +32,12 @@ def zeros_like(params: Params) -> Params:
     return {name: torch.zeros_like(tensor) for name, tensor in params.items()}
 
 
+def linear_head(model: Params) -> bool:
+    """Say whether the head of `model` is one `nn.Linear`, with or without a bias."""
+    head = {name: tensor.dim() for name, tensor in model.items() if name.startswith("head.")}
+    return head in ({"head.weight": 2}, {"head.weight": 2, "head.bias": 1})
+
+
 def average(parts: Iterable[Params], weights: Sequence[float]) -> Params:
     """Return the weighted mean of `parts`, tensor by tensor, with `weights` normalised to sum 1.
 

@@ -65,13 +65,11 @@ def learning(data: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure
     for method, own in data.groupby("method"):
         look = style[str(method)]
         seeds = 100 * own.pivot(index="round", columns="run", values="accuracy").dropna()  # to where all of them are
+        low, mean, high = seeds.min(axis=1), seeds.mean(axis=1), seeds.max(axis=1)
         for axes, (column, _) in zip(panels, ends, strict=True):
             x = own.groupby("round")[column].mean()[seeds.index]
-            axes.plot(
-                x, seeds.mean(axis=1), color=look.color, linestyle=look.linestyle, linewidth=1.4, label=str(method)
-            )
+            axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=str(method))
             if seeds.shape[1] > 1:
-                low, high = seeds.min(axis=1), seeds.max(axis=1)
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
     for axes, (_, label) in zip(panels, ends, strict=True):
         axes.set_xlabel(label)

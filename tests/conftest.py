@@ -6,6 +6,7 @@ Above all a toy for those of methods: a tiny federation and network, and the sam
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from pflbench.local import Bench, Local
 Params = dict[str, Tensor]
 BODY = ("body.0.weight", "body.0.bias")
 HEAD = ("head.weight", "head.bias")
+
+
+class _Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(0.5)
 
 
 class Toy:
@@ -66,6 +72,21 @@ class Toy:
             torch.manual_seed(seed)
             body = nn.Sequential(nn.Linear(3, features), *layers, act())
             return pflbench.Net(body, nn.Linear(features, 3)).double()
+
+    def dropping(self, **kw: Any) -> pflbench.Net:
+        """The network with dropout at the end of its body: it draws random numbers while it trains."""
+        net = self.net(**kw)
+        return pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+
+    def halving(self) -> pflbench.Net:
+        """The network behind a layer that works in place: one that is given the same batch twice sees another."""
+        net = self.net()
+        return pflbench.Net(nn.Sequential(_Halved(), *net.body), net.head)
+
+    def batch_norm(self) -> pflbench.Net:
+        """The network with BatchNorm as `body.1`."""
+        net = self.net()
+        return pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), net.body[1]), net.head).double()
 
     def net_for(self, algo: str, **kw: Any) -> pflbench.Net:
         """The network, as `algo` needs it."""
@@ -271,6 +292,21 @@ def alive() -> Callable[[Iterable[int]], set[int]]:
             return False
 
     return lambda pids: {pid for pid in pids if running(pid)}
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., bool]:
+    """Wait until a condition holds; False when it does not within `seconds`."""
+
+    def wait(condition: Callable[[], object], seconds: float = 20.0) -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.02)
+        return False
+
+    return wait
 
 
 @pytest.fixture(scope="session")

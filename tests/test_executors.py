@@ -30,15 +30,6 @@ def _prints(record):
     return record.fingerprints["metrics"], record.fingerprints["states"]
 
 
-def _eventually(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @pytest.mark.parametrize("algo", [*METHODS, "fedas in-place"])
 def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(toy, algo):
     algo, _, alignment = algo.partition(" ")
@@ -56,8 +47,7 @@ def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(toy, algo
 
 
 def test_a_network_that_draws_random_numbers_draws_the_same_everywhere(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    net = toy.dropping()
     kw = {"federation": toy.federation(SIZES), "net": net, "shuffle": True}
     serial = toy.run("fedavg", **kw)
     torch.rand(7)
@@ -67,8 +57,7 @@ def test_a_network_that_draws_random_numbers_draws_the_same_everywhere(toy):
 
 
 def test_a_network_draws_other_numbers_for_each_seed_round_and_client(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    net = toy.dropping()
     x, y, _, _ = toy.arrays()[0]
     turns = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
     with torch.random.fork_rng():
@@ -193,7 +182,7 @@ def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(
 
 
 @linux
-def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, faulty, tmp_path):
+def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, faulty, tmp_path, eventually):
     victim = tmp_path / "pid"
 
     def work():
@@ -201,7 +190,7 @@ def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, f
         time.sleep(60)
 
     def kill():
-        if _eventually(lambda: victim.exists() and victim.read_text()):
+        if eventually(lambda: victim.exists() and victim.read_text()):
             os.kill(int(victim.read_text()), signal.SIGKILL)
 
     faulty.fault = work
@@ -354,7 +343,7 @@ def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_re
 
 
 @linux
-def test_no_worker_outlives_a_killed_parent(tmp_path, children, alive):
+def test_no_worker_outlives_a_killed_parent(tmp_path, children, alive, eventually):
     script = tmp_path / "orphans.py"
     script.write_text(
         textwrap.dedent(
@@ -387,7 +376,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path, children, alive):
         assert alive(workers) == workers
         parent.kill()
         parent.wait()
-        assert _eventually(lambda: not alive(workers), seconds=10)
+        assert eventually(lambda: not alive(workers), seconds=10)
     finally:
         parent.kill()
         parent.wait()

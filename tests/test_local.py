@@ -107,14 +107,10 @@ def test_every_pass_of_a_loss_through_the_body_counts_and_only_those(toy):
 
 
 def test_a_batch_that_comes_again_is_the_same_though_the_first_layer_works_in_place(toy):
-    class Halved(nn.Module):
-        def forward(self, x):
-            return x.mul_(0.5)
-
     x, y, _, _ = toy.arrays()[0]
-    net = toy.net()
-    model = {k.replace("body.0", "body.1"): t for k, t in toy.initial().items()}
-    local = toy.local(x, y, net=pflbench.Net(nn.Sequential(Halved(), *net.body), net.head))
+    net = toy.halving()
+    model = toy.initial(net)
+    local = toy.local(x, y, net=net)
     batch = next(local.batches())
     once, twice = local.grad(model, *batch), local.grad(model, *batch)
     assert toy.same(once, twice)
@@ -208,8 +204,7 @@ def test_the_loss_over_all_samples_is_the_mean(toy):
 
 def test_prototypes_are_the_mean_features_of_each_class_in_evaluation_mode(toy):
     x, y, _, _ = toy.arrays()[1]  # nothing of class 2
-    net = toy.net()
-    dropping = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    dropping = toy.dropping()
     local = toy.local(x, y, net=dropping)
     found = local.prototypes(toy.initial())
     features = toy.features(toy.initial(), x)

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
+
+
+def heed() -> None:
+    """Let SIGINT interrupt a process that is about to start: a job in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
@@ -28,6 +32,7 @@ def test_interrupted(
     environment: Callable[..., dict[str, str]],
     children: Callable[[int], set[int]],
     alive: Callable[[Iterable[int]], set[int]],
+    eventually: Callable[..., bool],
     number: signal.Signals,
     code: int,
     word: str,
@@ -37,7 +42,7 @@ def test_interrupted(
         [PFLBENCH, "run", *quick, "--rounds", "100000", "--workers", "2"],
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=heed,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stderr is not None
@@ -54,10 +59,7 @@ def test_interrupted(
     assert out == ""
     lines = [line for line in err.splitlines() if line and not line.startswith("round ")]
     assert lines == [f"Error: {word}; a run goes on with --resume"]
-    deadline = time.monotonic() + 10
-    while alive(workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(workers)
+    assert eventually(lambda: not alive(workers), seconds=10)
     assert not [path for path in (tmp_path / "runs").glob("[!.]*") if path.suffix != ".partial"]
 
 
@@ -100,7 +102,7 @@ def test_interrupted_while_processes_are_started(
         [sys.executable, "-P", "-c", STARTING, name, *quick, *options, "--rounds", "100000"],
         cwd=tmp_path, env=environment(NUMBER=number), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed,
     ) as process:  # fmt: skip
         try:
             _, err = process.communicate(timeout=60)
@@ -137,6 +139,6 @@ def test_interrupted_where_another_exception_comes_of_it(
     done = subprocess.run(
         [sys.executable, "-P", "-c", REPLACED.replace("NUMBER", number), "run", *quick],
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, f"Error: {word}; a run goes on with --resume\n")

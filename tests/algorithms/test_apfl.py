@@ -79,14 +79,8 @@ def test_alpha_one_is_local_training(toy):
     assert [r["test_loss"] for r in apfl.rounds] == [r["test_loss"] for r in local.rounds]
 
 
-class Halved(nn.Module):
-    def forward(self, x):
-        return x.mul_(0.5)
-
-
 def test_both_models_see_the_same_batch_though_the_first_layer_works_in_place(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(Halved(), *net.body), net.head)
+    net = toy.halving()
     x, y, _, _ = toy.arrays()[0]
     start, method = toy.initial(net), registry.algorithm("apfl")(alpha=1.0)
     _, state = method.local_update(toy.local(x, y, net=net), Message({"model": start}), method.init_client(start))

@@ -51,8 +51,7 @@ def test_the_global_model_is_fedavgs_whatever_lambda(toy, lam):
 
 
 def test_the_global_model_is_fedavgs_in_a_network_that_draws_random_numbers(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    net = toy.dropping()
     ditto, fedavg = (toy.run(name, net=net) for name in ("ditto", "fedavg"))
     assert toy.same(ditto.server["model"], fedavg.server["model"])
 

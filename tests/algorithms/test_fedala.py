@@ -128,22 +128,24 @@ def test_weights_are_trained_for_several_epochs_the_first_time_and_for_one_later
     assert local.counts.steps == 2
 
 
-def test_the_first_training_of_the_weights_ends_though_they_never_converge(toy, monkeypatch):
-    losses = iter(range(1000))
-    monkeypatch.setattr(Local, "loss", lambda self, model: float(next(losses)))
+def first_steps(toy, monkeypatch, losses):
+    """The steps of the first training of the weights, where these are its losses."""
+    left = iter(losses)
+    monkeypatch.setattr(Local, "loss", lambda self, model: next(left))
     x, y, _, _ = toy.arrays()[0]
     local = toy.local(x, y)
     registry.algorithm("fedala")().mix(local, *models(toy), {})
-    assert local.counts.steps == 100 * 2
+    return local.counts.steps
+
+
+def test_the_first_training_of_the_weights_ends_though_they_never_converge(toy, monkeypatch):
+    losses = map(float, range(1000))
+    assert first_steps(toy, monkeypatch, losses) == 100 * 2
 
 
 def test_the_first_training_of_the_weights_goes_on_until_ten_losses_are_close_to_each_other(toy, monkeypatch):
-    losses = iter([9.0 - i for i in range(6)] + [3.0] * 50)  # the last six, 9 to 4, are out of sight after 16 epochs
-    monkeypatch.setattr(Local, "loss", lambda self, model: next(losses))
-    x, y, _, _ = toy.arrays()[0]
-    local = toy.local(x, y)
-    registry.algorithm("fedala")().mix(local, *models(toy), {})
-    assert local.counts.steps == 16 * 2
+    losses = [9.0 - i for i in range(6)] + [3.0] * 50  # the last six, 9 to 4, are out of sight after 16 epochs
+    assert first_steps(toy, monkeypatch, losses) == 16 * 2
 
 
 def test_the_losses_that_converge_are_the_mixtures_over_the_share(toy, monkeypatch):
@@ -156,12 +158,8 @@ def test_the_losses_that_converge_are_the_mixtures_over_the_share(toy, monkeypat
 
 
 def test_the_standard_deviation_of_ten_losses_divides_by_ten(toy, monkeypatch):
-    losses = iter([0.097, -0.097] * 50)  # 0.102, were it by nine
-    monkeypatch.setattr(Local, "loss", lambda self, model: next(losses))
-    x, y, _, _ = toy.arrays()[0]
-    local = toy.local(x, y)
-    registry.algorithm("fedala")().mix(local, *models(toy), {})
-    assert local.counts.steps == 11 * 2
+    losses = [0.097, -0.097] * 50  # 0.102, were it by nine
+    assert first_steps(toy, monkeypatch, losses) == 11 * 2
 
 
 @pytest.mark.parametrize("same", [("head.weight", "head.bias"), ("body.0.bias",)], ids=["head", "a-bias"])
@@ -230,8 +228,7 @@ def test_models_and_weights_stay_with_their_clients_in_worker_processes(toy):
 
 
 def test_the_buffers_of_batch_norm_are_the_received_ones_and_have_no_weights(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), net.body[1]), net.head).double()
+    net = toy.batch_norm()
     own = {k: t.clone() for k, t in net.state_dict().items() if t.is_floating_point()}
     received = {k: t + 0.3 for k, t in own.items()}
     x, y, _, _ = toy.arrays((8,))[0]

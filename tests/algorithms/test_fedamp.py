@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import pflbench
 from pflbench import Message, UsageError, registry
@@ -248,8 +247,7 @@ def test_a_run_that_is_interrupted_and_resumed_gives_the_same_bits(toy, tmp_path
 
 
 def test_batch_norm_buffers_are_mixed_and_not_pulled(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     settings = {"net": net, "federation": toy.federation((8, 4)), "batch_size": 4}
     record = toy.run("fedamp", HYPER, **settings)
     assert record.status == "finished"

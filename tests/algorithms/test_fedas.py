@@ -147,8 +147,7 @@ def test_prototypes_come_from_the_previous_local_model_and_not_from_the_received
 
 def test_prototypes_use_the_evaluation_mode(toy):
     x, y, _, _ = toy.arrays()[0]
-    net = toy.net()
-    dropping = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    dropping = toy.dropping()
     assert torch.equal(
         toy.local(x, y, net=dropping).prototypes(toy.initial()), toy.local(x, y).prototypes(toy.initial())
     )
@@ -259,8 +258,7 @@ def test_fisher_traces_are_taken_of_uploads_alone(toy, turns, monkeypatch):
 
 def test_the_fisher_trace_uses_the_evaluation_mode(toy):
     x, y, _, _ = toy.arrays()[0]
-    net = toy.net()
-    dropping = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    dropping = toy.dropping()
     assert fisher_trace(toy.local(x, y, net=dropping), toy.initial()) == fisher_trace(toy.local(x, y), toy.initial())
 
 

@@ -1,8 +1,6 @@
 import pytest
 import torch
-from torch import nn
 
-import pflbench
 from pflbench import Message, registry
 from pflbench.rng import rng
 
@@ -66,8 +64,7 @@ def test_fine_tuning_has_batch_orders_of_its_own(toy):
 
 @pytest.mark.parametrize("algo", ["fedavg-ft", "fedbabu"])
 def test_fine_tuning_follows_the_running_statistics(toy, algo):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     start = toy.initial(net)
     x, y, _, _ = toy.arrays((8,))[0]
     method = registry.algorithm(algo)()

@@ -1,8 +1,5 @@
 import pytest
 import torch
-from torch import nn
-
-import pflbench
 
 PARTS = {"full": ("body", "head"), "head": ("head",), "body": ("body",)}
 
@@ -77,8 +74,7 @@ def test_the_head_is_in_no_state_of_the_server_and_there_is_no_global_model(toy)
 
 
 def test_batch_norm_of_the_body_is_averaged_with_it(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     initial = net.state_dict()
     for part in PARTS:
         record = toy.run("fedbabu", {"ft_part": part}, net=net, federation=toy.federation((8, 4)), batch_size=4)

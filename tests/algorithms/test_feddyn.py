@@ -1,8 +1,6 @@
 import pytest
 import torch
-from torch import nn
 
-import pflbench
 from pflbench import registry
 
 
@@ -120,8 +118,7 @@ def test_gradients_stay_with_their_clients_in_worker_processes(toy):
 
 
 def test_buffers_of_batch_norm_are_averaged_and_neither_regularised_nor_corrected(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), net.body[1]), net.head).double()
+    net = toy.batch_norm()
     names = ["body.1.running_mean", "body.1.running_var"]
     method = registry.algorithm("feddyn")()
     server = method.init_server({k: t.clone() for k, t in net.state_dict().items() if t.is_floating_point()})

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import pflbench
 from pflbench import Message, UsageError, registry
@@ -349,8 +348,7 @@ def test_a_run_that_is_interrupted_and_resumed_gives_the_same_bits(toy, tmp_path
 
 
 def test_batch_norm_networks_run_and_mixed_variances_stay_positive(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     settings = {"net": net, "federation": toy.federation((20, 10, 15)), "batch_size": 4, "rounds": 4}
     record = toy.run("fedfomo", HYPER, drop_last=True, **settings)
     assert record.status == "finished"

@@ -109,8 +109,7 @@ def test_prototypes_are_not_gathered_while_the_weights_move(toy):
 
 
 def test_prototypes_are_taken_in_evaluation_mode(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    net = toy.dropping()
     up, model = _update(toy, net=net)
     x, y, _, _ = toy.arrays()[0]
     expected = dense({c: m for c, (m, _) in prototypes(toy, model, x, y).items()})
@@ -266,8 +265,7 @@ def test_a_client_depends_on_the_others_by_their_prototypes_alone(toy):
 
 
 def test_batch_norm_stays_on_the_client(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     record = toy.run("fedproto", net=net, federation=toy.federation((8, 4)), batch_size=4)
     means = [record.client_states[i]["model"]["body.1.running_mean"] for i in range(2)]
     assert not torch.equal(*means)

@@ -1,7 +1,5 @@
 import pytest
-from torch import nn
 
-import pflbench
 from pflbench import Message, registry
 
 
@@ -83,8 +81,7 @@ def test_the_loss_in_the_record_is_without_the_term(toy):
 
 
 def test_the_running_statistics_of_batch_norm_are_averaged_and_not_pulled(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), net.body[1]), net.head).double()
+    net = toy.batch_norm()
     settings = {"federation": toy.federation((8, 4)), "net": net, "batch_size": 4, "lr": 1e-12}
     a, b = toy.run("fedprox", {"mu": 1e9}, **settings), toy.run("fedavg", **settings)
     for name in ("body.1.running_mean", "body.1.running_var"):

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-import pflbench
 from pflbench.local import cross_entropy
 
 
@@ -70,8 +69,7 @@ def test_the_body_is_frozen_while_the_head_trains(toy):
 
 
 def test_the_buffers_of_a_frozen_body_stay_too(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     start = {k: t.clone() for k, t in net.state_dict().items() if t.is_floating_point()}
     x, y, _, _ = toy.arrays((6,))[0]
     done = toy.local(x, y, net=net).sgd(start, only=lambda name: name.startswith("head."))
@@ -105,8 +103,7 @@ def test_training_the_head_on_kept_features_equals_training_it_through_the_body(
 
 
 def test_features_are_not_kept_when_the_body_differs_between_training_and_evaluation(toy):
-    net = toy.net(act=nn.ReLU)
-    net = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    net = toy.dropping(act=nn.ReLU)
     start = {k: p.detach().clone() for k, p in net.named_parameters()}
     calls = []
     net.body.register_forward_hook(lambda *_: calls.append(1))

@@ -187,8 +187,7 @@ def test_a_head_that_is_not_one_linear_layer_is_refused_before_anything_is_writt
 
 
 def test_batch_norm_networks_run_and_their_buffers_are_averaged(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     a, b = (
         toy.run(algo, hyper, net=net, federation=toy.federation((8, 4)), batch_size=4)
         for algo, hyper in (("fedrod", {"gamma": 0.0}), ("fedavg", {}))

@@ -1,5 +1,4 @@
 import torch
-from torch import nn
 
 import pflbench
 
@@ -62,8 +61,7 @@ def test_there_is_no_global_model(toy):
 
 
 def test_the_bodys_batch_norm_stays_on_the_client(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), nn.Tanh()), net.head).double()
+    net = toy.batch_norm()
     record = toy.run("lg-fedavg", net=net, federation=toy.federation((8, 4)), batch_size=4)
     assert record.server["model"].keys() == set(toy.HEAD)
     means = [record.client_states[i]["model"]["body.1.running_mean"] for i in range(2)]

@@ -110,8 +110,7 @@ def test_a_client_that_does_not_take_part_keeps_its_previous_model(toy):
 
 def test_the_two_fixed_features_are_taken_in_evaluation_mode(toy):
     x, y, _, _ = toy.arrays()[0]
-    net = toy.net()
-    dropping = pflbench.Net(nn.Sequential(*net.body, nn.Dropout(0.5)), net.head)
+    dropping = toy.dropping()
     local, seen = toy.local(x, y, net=dropping), {}
     sgd = local.sgd
 
@@ -127,8 +126,7 @@ def test_the_two_fixed_features_are_taken_in_evaluation_mode(toy):
 
 
 def test_networks_with_batch_norm_run_and_their_buffers_are_averaged(toy):
-    net = toy.net()
-    net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3), net.body[1]), net.head).double()
+    net = toy.batch_norm()
     record = toy.run("moon", {"mu": 5.0}, net=net, federation=toy.federation((8, 4)), batch_size=4, rounds=3)
     assert record.status == "finished"
     own = [record.client_states[i]["previous"] for i in range(2)]
