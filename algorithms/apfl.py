@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local, cross_entropy
-from pflbench.models import Net
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local, cross_entropy
+from pflbench.core.models import Net
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -37,8 +37,8 @@ class APFL(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        alpha: float = option(0.5, "share of the own model in the mixture; if adaptive, at first", ge=0, le=1)
-        adaptive: bool = option(False, "learn alpha on each client")
+        alpha: float = setting(0.5, "share of the own model in the mixture; if adaptive, at first", ge=0, le=1)
+        adaptive: bool = setting(False, "learn alpha on each client")
 
     def init_client(self, model: Params) -> State:
         return {"model": model, "mixture": {"alpha": next(iter(model.values())).new_tensor(self.h.alpha)}}

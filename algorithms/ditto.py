@@ -12,10 +12,10 @@ and takes the plain mean. lambda is that example's; the paper chooses it for eac
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local, proximal
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local, proximal
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -26,7 +26,7 @@ class Ditto(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        lam: float = option(1.0, "lambda: how strongly the personal model is tied to the global one", ge=0)
+        lam: float = setting(1.0, "lambda: how strongly the personal model is tied to the global one", ge=0)
 
     def init_client(self, model: Params) -> State:
         return {"model": model}

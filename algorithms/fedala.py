@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Batch, Local
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Batch, Local
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -29,9 +29,9 @@ class FedALA(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        eta: float = option(1.0, "learning rate of the weights", gt=0)
-        share: float = option(0.8, "share of the samples on which the weights are trained", gt=0, le=1)
-        layers: int = option(1, "how many of the last layers are mixed", ge=1)
+        eta: float = setting(1.0, "learning rate of the weights", gt=0)
+        share: float = setting(0.8, "share of the samples on which the weights are trained", gt=0, le=1)
+        layers: int = setting(1, "how many of the last layers are mixed", ge=1)
 
     def init_client(self, model: Params) -> State:
         return {"model": model, "weights": {}}

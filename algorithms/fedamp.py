@@ -18,12 +18,12 @@ from math import exp
 
 import torch
 
-from pflbench.algorithm import Algorithm, Message, Params, State
+from pflbench.core.algorithm import Algorithm, Message, Params, State
+from pflbench.core.client import Local, proximal
+from pflbench.core.params import average, distance
+from pflbench.core.registry import register
 from pflbench.errors import UsageError
-from pflbench.local import Local, proximal
-from pflbench.options import option
-from pflbench.params import average, distance
-from pflbench.registry import register
+from pflbench.settings import setting
 
 
 @register("fedamp")
@@ -34,11 +34,11 @@ class FedAMP(Algorithm):
 
     @dataclass(frozen=True)
     class Hyper:
-        lam: float = option(1.0, "weight of the pull to the cloud model, lambda", ge=0)
-        alpha: float = option(1e4, "first step size alpha_k; keep it below sigma / clients", gt=0)
-        alpha_decay: float = option(0.1, "factor of alpha_k after every `decay_every` rounds", gt=0, le=1)
-        decay_every: int = option(30, "rounds with the same alpha_k", ge=1)
-        sigma: float = option(1e6, "scale of squared distances in the attention", gt=0)
+        lam: float = setting(1.0, "weight of the pull to the cloud model, lambda", ge=0)
+        alpha: float = setting(1e4, "first step size alpha_k; keep it below sigma / clients", gt=0)
+        alpha_decay: float = setting(0.1, "factor of alpha_k after every `decay_every` rounds", gt=0, le=1)
+        decay_every: int = setting(30, "rounds with the same alpha_k", ge=1)
+        sigma: float = setting(1e6, "scale of squared distances in the attention", gt=0)
 
     def init_server(self, model: Params) -> State:
         return {"initial": model, "rounds": {"done": torch.zeros((), dtype=torch.float64)}}

@@ -20,12 +20,12 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from pflbench.algorithm import Message, Params, State, merge
+from pflbench.core.algorithm import Message, Params, State, merge
+from pflbench.core.client import Local
+from pflbench.core.models import Net
+from pflbench.core.registry import register
 from pflbench.errors import Diverged
-from pflbench.local import Local
-from pflbench.models import Net
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.settings import setting
 
 from .fedper import FedPer
 
@@ -36,11 +36,11 @@ class FedAS(FedPer):
 
     @dataclass(frozen=True)
     class Hyper:
-        alignment: str = option("own-copy", "what is aligned", choices=("own-copy", "in-place", "off"))
-        weighting: str = option("fisher", "weights of the average", choices=("fisher", "samples"))
-        align_lr: float = option(0.01, "learning rate of the alignment", gt=0)
-        align_epochs: int = option(1, "epochs of the alignment", ge=1)
-        align_batch_size: int = option(16, "samples in a batch of the alignment", ge=1)
+        alignment: str = setting("own-copy", "what is aligned", choices=("own-copy", "in-place", "off"))
+        weighting: str = setting("fisher", "weights of the average", choices=("fisher", "samples"))
+        align_lr: float = setting(0.01, "learning rate of the alignment", gt=0)
+        align_epochs: int = setting(1, "epochs of the alignment", ge=1)
+        align_batch_size: int = setting(16, "samples in a batch of the alignment", ge=1)
 
     @property
     def sequential(self) -> bool:  # type: ignore[override]

@@ -8,10 +8,10 @@ Evaluated: the global model.
 
 from collections.abc import Sequence
 
-from pflbench.algorithm import Algorithm, Message, State, merge
-from pflbench.local import Local
-from pflbench.params import average
-from pflbench.registry import register
+from pflbench.core.algorithm import Algorithm, Message, State, merge
+from pflbench.core.client import Local
+from pflbench.core.params import average
+from pflbench.core.registry import register
 
 
 @register("fedavg")

@@ -10,10 +10,10 @@ Deviations: the paper tunes the fine-tuning per task and gives no default; ours 
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -24,7 +24,7 @@ class FedAvgFT(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        ft_epochs: int = option(1, "epochs of fine-tuning before each evaluation", ge=0)
+        ft_epochs: int = setting(1, "epochs of fine-tuning before each evaluation", ge=0)
 
     def is_tuned(self, name: str) -> bool:
         """Return whether fine-tuning changes the parameter (or buffer) `name`."""

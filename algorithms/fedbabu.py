@@ -13,10 +13,10 @@ code, whose clients have equally many, takes the plain mean.
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, State, merge
-from pflbench.local import Local
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, State, merge
+from pflbench.core.client import Local
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg_ft import FedAvgFT
 from .fedper import FedPer
@@ -28,8 +28,8 @@ class FedBABU(FedPer, FedAvgFT):
 
     @dataclass(frozen=True)
     class Hyper:
-        ft_epochs: int = option(5, "epochs of fine-tuning before each evaluation", ge=0)
-        ft_part: str = option("full", "what is fine-tuned", choices=("full", "head", "body"))
+        ft_epochs: int = setting(5, "epochs of fine-tuning before each evaluation", ge=0)
+        ft_part: str = setting("full", "what is fine-tuned", choices=("full", "head", "body"))
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         model = local.sgd(merge(down["model"], state["model"]), only=self.is_shared)

@@ -9,10 +9,10 @@ Deviations: in the paper all clients take part. Here the BatchNorm of who does n
 and is the initial one until its client first takes part.
 """
 
-from pflbench.algorithm import Message, Params, State
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.registry import register
 from pflbench.errors import UsageError
-from pflbench.local import Local
-from pflbench.registry import register
 
 from .fedavg import FedAvg
 

@@ -13,11 +13,11 @@ client's relative number of samples, Algorithm 1 does not. alpha is that of the 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local, proximal
-from pflbench.options import option
-from pflbench.params import average, zeros_like
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local, proximal
+from pflbench.core.params import average, zeros_like
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -28,7 +28,7 @@ class FedDyn(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        alpha: float = option(0.01, "weight of the regulariser", gt=0)
+        alpha: float = setting(0.01, "weight of the regulariser", gt=0)
 
     def init_server(self, model: Params) -> State:
         return {"model": model, "h": zeros_like(model)}

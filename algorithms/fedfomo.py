@@ -19,11 +19,11 @@ from math import inf
 
 import torch
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
-from pflbench.options import option
-from pflbench.params import average, distance
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.params import average, distance
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedamp import FedAMP
 
@@ -34,10 +34,10 @@ class FedFomo(FedAMP):
 
     @dataclass(frozen=True)
     class Hyper:
-        models: int = option(5, "models that a client weighs, its own among them", ge=1)
-        epsilon: float = option(0.3, "probability that a random model is sent", ge=0, le=1)
-        epsilon_decay: float = option(0.05, "what epsilon loses with every round", ge=0)
-        validation: float = option(0.2, "share of the training samples that weigh models", gt=0, le=0.9)
+        models: int = setting(5, "models that a client weighs, its own among them", ge=1)
+        epsilon: float = setting(0.3, "probability that a random model is sent", ge=0, le=1)
+        epsilon_decay: float = setting(0.05, "what epsilon loses with every round", ge=0)
+        validation: float = setting(0.2, "share of the training samples that weigh models", gt=0, le=0.9)
 
     def init_client(self, model: Params) -> State:
         return {"start": model, "model": model, "affinity": {}}

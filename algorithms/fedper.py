@@ -7,7 +7,7 @@ Personal: the head.
 Evaluated: the averaged body with the client's own head.
 """
 
-from pflbench.registry import register
+from pflbench.core.registry import register
 
 from .fedavg import FedAvg
 

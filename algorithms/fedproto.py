@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from pflbench.algorithm import Message, Params, State
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.models import Net
+from pflbench.core.params import linear_head
+from pflbench.core.registry import register
 from pflbench.errors import UsageError
-from pflbench.local import Local
-from pflbench.models import Net
-from pflbench.options import option
-from pflbench.params import linear_head
-from pflbench.registry import register
+from pflbench.settings import setting
 
 from .local import Local as Alone
 
@@ -36,7 +36,7 @@ class FedProto(Alone):
 
     @dataclass(frozen=True)
     class Hyper:
-        lam: float = option(1.0, "lambda, the weight of the distance to the prototypes", ge=0)
+        lam: float = setting(1.0, "lambda, the weight of the distance to the prototypes", ge=0)
 
     def init_server(self, model: Params) -> State:
         if not linear_head(model) or "head.bias" not in model:

@@ -12,10 +12,10 @@ authors' scripts use on their synthetic data.
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, State
-from pflbench.local import Local, proximal
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, State
+from pflbench.core.client import Local, proximal
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -26,7 +26,7 @@ class FedProx(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        mu: float = option(1.0, "weight of the proximal term", ge=0)
+        mu: float = setting(1.0, "weight of the proximal term", ge=0)
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         model = local.sgd(down["model"], correct=proximal(down["model"], self.h.mu))

@@ -10,10 +10,10 @@ Deviations: none. The body gets the protocol's local epochs; the paper's experim
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, State, merge
-from pflbench.local import Local
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, State, merge
+from pflbench.core.client import Local
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedper import FedPer
 
@@ -24,7 +24,7 @@ class FedRep(FedPer):
 
     @dataclass(frozen=True)
     class Hyper:
-        head_epochs: int = option(10, "epochs of the head, before the body's", ge=0)
+        head_epochs: int = setting(10, "epochs of the head, before the body's", ge=0)
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         model = merge(down["model"], state["model"])

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pflbench.algorithm import Message, Params, State, merge
+from pflbench.core.algorithm import Message, Params, State, merge
+from pflbench.core.client import Local
+from pflbench.core.models import Net
+from pflbench.core.params import linear_head
+from pflbench.core.registry import register
 from pflbench.errors import UsageError
-from pflbench.local import Local
-from pflbench.models import Net
-from pflbench.options import option
-from pflbench.params import linear_head
-from pflbench.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -34,7 +34,7 @@ class FedRoD(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        gamma: float = option(1.0, "exponent of the class counts in the balanced softmax; 0: cross-entropy", ge=0)
+        gamma: float = setting(1.0, "exponent of the class counts in the balanced softmax; 0: cross-entropy", ge=0)
 
     def is_personal(self, name: str) -> bool:
         return name.startswith("personal.")

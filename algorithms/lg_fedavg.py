@@ -11,7 +11,7 @@ with the same body; the authors' code begins with a model that FedAvg has traine
 command for CIFAR-10 shares the convolutions and keeps the linear layers, which is not what the paper describes.
 """
 
-from pflbench.registry import register
+from pflbench.core.registry import register
 
 from .fedavg import FedAvg
 

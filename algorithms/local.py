@@ -7,9 +7,9 @@ Evaluated: the client's own model; before its first participation, the initial o
 
 from collections.abc import Sequence
 
-from pflbench.algorithm import Algorithm, Message, Params, State
-from pflbench.local import Local as Toolbox
-from pflbench.registry import register
+from pflbench.core.algorithm import Algorithm, Message, Params, State
+from pflbench.core.client import Local as Toolbox
+from pflbench.core.registry import register
 
 
 @register("local")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
-from pflbench.models import Net
-from pflbench.options import option
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.models import Net
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -31,8 +31,8 @@ class Moon(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        mu: float = option(1.0, "weight of the contrastive loss", ge=0)
-        temperature: float = option(0.5, "temperature tau of the contrastive loss", gt=0)
+        mu: float = setting(1.0, "weight of the contrastive loss", ge=0)
+        temperature: float = setting(0.5, "temperature tau of the contrastive loss", gt=0)
 
     def init_client(self, model: Params) -> State:
         return {"previous": model}

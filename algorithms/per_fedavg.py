@@ -15,11 +15,11 @@ network's own precision: bf16 would round it away. alpha and delta have the valu
 
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Batch, Local
-from pflbench.options import option
-from pflbench.params import average
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Batch, Local
+from pflbench.core.params import average
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -30,9 +30,9 @@ class PerFedAvg(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        variant: str = option("hf", "hf: Hessian-free; fo: first-order", choices=("hf", "fo"))
-        alpha: float = option(0.01, "learning rate of the adaptation", ge=0)
-        delta: float = option(0.001, "hf: step of the difference of gradients, in both directions", gt=0)
+        variant: str = setting("hf", "hf: Hessian-free; fo: first-order", choices=("hf", "fo"))
+        alpha: float = setting(0.01, "learning rate of the adaptation", ge=0)
+        delta: float = setting(0.001, "hf: step of the difference of gradients, in both directions", gt=0)
 
     def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
         alpha, delta = self.h.alpha, self.h.delta

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pflbench.algorithm import Message, Params, State, merge
-from pflbench.local import Batch, Local
-from pflbench.options import option
-from pflbench.params import average
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State, merge
+from pflbench.core.client import Batch, Local
+from pflbench.core.params import average
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -33,10 +33,10 @@ class PFedMe(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        lam: float = option(15.0, "lambda: how strongly theta is tied to w", gt=0)
-        inner_steps: int = option(5, "K: gradient steps of theta on each batch", ge=1)
-        inner_lr: float = option(0.09, "learning rate of theta", gt=0)
-        beta: float = option(1.0, "step of the server from its model towards the mean of the uploads", gt=0)
+        lam: float = setting(15.0, "lambda: how strongly theta is tied to w", gt=0)
+        inner_steps: int = setting(5, "K: gradient steps of theta on each batch", ge=1)
+        inner_lr: float = setting(0.09, "learning rate of theta", gt=0)
+        beta: float = setting(1.0, "step of the server from its model towards the mean of the uploads", gt=0)
 
     def init_client(self, model: Params) -> State:
         return {"model": model}

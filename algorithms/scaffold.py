@@ -14,11 +14,11 @@ are averaged, and their control variates are zeros.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pflbench.algorithm import Message, Params, State
-from pflbench.local import Local
-from pflbench.options import option
-from pflbench.params import average, zeros_like
-from pflbench.registry import register
+from pflbench.core.algorithm import Message, Params, State
+from pflbench.core.client import Local
+from pflbench.core.params import average, zeros_like
+from pflbench.core.registry import register
+from pflbench.settings import setting
 
 from .fedavg import FedAvg
 
@@ -29,7 +29,7 @@ class Scaffold(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        global_lr: float = option(1.0, "global step size eta_g", gt=0)
+        global_lr: float = setting(1.0, "global step size eta_g", gt=0)
 
     def init_server(self, model: Params) -> State:
         return {"model": model, "control": zeros_like(model)}

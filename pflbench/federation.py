@@ -13,7 +13,7 @@ from pflbench.errors import UsageError
 
 if TYPE_CHECKING:
     from pflbench.datasets.dataset import Dataset
-    from pflbench.datasets.partition import Partition
+    from pflbench.datasets.partitioners import Partition
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pflbench import options
+from pflbench import settings
 from pflbench.errors import UsageError, unknown
-from pflbench.options import option
+from pflbench.settings import setting
 
 # Names and meanings stand here, and not in models.py, so that they can be listed and checked without importing torch.
 MODELS = {
@@ -34,51 +34,51 @@ class RunSpec:
     What results cannot depend on (executor, workers, folders) is no part of it.
     """
 
-    algo: str = option("fedas", "the method; `pflbench list algorithms` names them")
+    algo: str = setting("fedas", "the method; `pflbench list algorithms` names them")
     hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dataset: str = option("auto", "the images; `pflbench list datasets` names them")
-    split: str = option(
+    dataset: str = setting("auto", "the images; `pflbench list datasets` names them")
+    split: str = setting(
         "pooled",
         "pooled: train and test images are pooled and each client's share is split 75/25; official: kept apart",
         choices=("pooled", "official", "given"),
     )
-    partition: str = option(
+    partition: str = setting(
         "dirichlet", "how the samples are dealt to the clients", choices=(*PARTITION_SETTINGS, "given")
     )
-    alpha: float | None = option(None, "Dirichlet concentration, small is uneven (dirichlet: 0.1)", gt=0)
-    classes_per_client: int | None = option(None, "classes that each client has (pathological: 2)", ge=1)
-    balanced: bool | None = option(None, "equal numbers of samples (dirichlet: no; iid, pathological: yes)")
-    min_samples: int = option(40, "the fewest samples a client may have", ge=2)
-    clients: int = option(20, "number of clients", ge=1)
-    model: str = option("cnn", "the network: cnn, mlp or resnet18")
-    norm: str | None = option(
+    alpha: float | None = setting(None, "Dirichlet concentration, small is uneven (dirichlet: 0.1)", gt=0)
+    classes_per_client: int | None = setting(None, "classes that each client has (pathological: 2)", ge=1)
+    balanced: bool | None = setting(None, "equal numbers of samples (dirichlet: no; iid, pathological: yes)")
+    min_samples: int = setting(40, "the fewest samples a client may have", ge=2)
+    clients: int = setting(20, "number of clients", ge=1)
+    model: str = setting("cnn", "the network: cnn, mlp or resnet18")
+    norm: str | None = setting(
         None, "normalisation layers (resnet18: batch; cnn: none; mlp has none)", choices=("batch", "group")
     )
-    join_ratio: float = option(0.1, "share of the clients that take part in a round", gt=0, le=1)
-    rounds: int = option(40, "communication rounds", ge=1)
-    local_epochs: int = option(5, "epochs of local training in a round", ge=1)
-    batch_size: int = option(16, "samples in a local batch", ge=1)
-    lr: float = option(0.005, "learning rate of local SGD", gt=0)
-    momentum: float = option(0.0, "momentum of local SGD; its buffer starts empty every round", ge=0, le=1)
-    weight_decay: float = option(0.0, "weight decay of local SGD", ge=0)
-    lr_decay: float = option(1.0, "factor on the learning rate after every round", gt=0, le=1)
-    shuffle: bool = option(True, "shuffle a client's samples before every epoch")
-    drop_last: bool = option(False, "leave out an incomplete last batch (unless it is the only one)")
-    eval_every: int = option(1, "evaluate every k rounds, and after the last", ge=1)
-    precision: str = option(
+    join_ratio: float = setting(0.1, "share of the clients that take part in a round", gt=0, le=1)
+    rounds: int = setting(40, "communication rounds", ge=1)
+    local_epochs: int = setting(5, "epochs of local training in a round", ge=1)
+    batch_size: int = setting(16, "samples in a local batch", ge=1)
+    lr: float = setting(0.005, "learning rate of local SGD", gt=0)
+    momentum: float = setting(0.0, "momentum of local SGD; its buffer starts empty every round", ge=0, le=1)
+    weight_decay: float = setting(0.0, "weight decay of local SGD", ge=0)
+    lr_decay: float = setting(1.0, "factor on the learning rate after every round", gt=0, le=1)
+    shuffle: bool = setting(True, "shuffle a client's samples before every epoch")
+    drop_last: bool = setting(False, "leave out an incomplete last batch (unless it is the only one)")
+    eval_every: int = setting(1, "evaluate every k rounds, and after the last", ge=1)
+    precision: str = setting(
         "fp32", "number format of activations; parameters and sums stay fp32", choices=("fp32", "bf16")
     )
-    seed: int = option(0, "covers partition, initial parameters, client sampling and batch order", ge=0)
-    partition_seed: int | None = option(None, "seed of the partition alone (seed)", ge=0)
-    init_seed: int | None = option(None, "seed of the initial parameters alone (seed)", ge=0)
-    sampling_seed: int | None = option(None, "seed of the client sampling alone (seed)", ge=0)
-    order_seed: int | None = option(None, "seed of the batch order alone (seed)", ge=0)
+    seed: int = setting(0, "covers partition, initial parameters, client sampling and batch order", ge=0)
+    partition_seed: int | None = setting(None, "seed of the partition alone (seed)", ge=0)
+    init_seed: int | None = setting(None, "seed of the initial parameters alone (seed)", ge=0)
+    sampling_seed: int | None = setting(None, "seed of the client sampling alone (seed)", ge=0)
+    order_seed: int | None = setting(None, "seed of the batch order alone (seed)", ge=0)
 
     def __post_init__(self) -> None:
-        options.check(self)
-        for name in options.fields(type(self)):
+        settings.check(self)
+        for name in settings.fields(type(self)):
             value = getattr(self, name)
-            if options.kind(type(self), name)[0] is float and value is not None:
+            if settings.kind(type(self), name)[0] is float and value is not None:
                 object.__setattr__(self, name, float(value))  # 1 and 1.0 are one run
         if self.joining < 1:
             raise UsageError(
@@ -142,7 +142,7 @@ class RunSpec:
         """
         rest = {k: v for k, v in values.items() if k != "hyperparameters"}
         hyperparameters = dict(values.get("hyperparameters", {}))
-        return dataclasses.replace(options.build(cls, rest, "setting"), hyperparameters=hyperparameters)
+        return dataclasses.replace(settings.build(cls, rest, "setting"), hyperparameters=hyperparameters)
 
     @property
     def id(self) -> str:

@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .records import METRICS, SELECTIONS, Runs, client_scores, export, load, scores
+    from .frames import METRICS, SELECTIONS, Runs, client_scores, export, load, scores
 
 __all__ = ["METRICS", "SELECTIONS", "Runs", "client_scores", "export", "load", "scores"]
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Import pandas only when it is asked for: drawing a partition does without."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import records
+    from . import frames
 
-    return getattr(records, name)
+    return getattr(frames, name)

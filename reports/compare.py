@@ -8,7 +8,7 @@ from typing import Any
 from pflbench.errors import UsageError
 
 from . import stats
-from .records import METRICS, SELECTIONS, client_scores, load, scores
+from .frames import METRICS, SELECTIONS, client_scores, load, scores
 
 _PARTS = ("spec", "fingerprints", "versions", "machine")
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from .records import Runs
+from .frames import Runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

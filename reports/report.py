@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from pflbench.errors import UsageError
 
-from . import partition, plots, stats
-from .records import SEEDS, Runs, client_scores, scores
-from .tables import AccuracyTable, Comparisons, Duels, accuracy_tables, csv_text, duels, heading, latex, markdown
+from . import partition_plot, plots, stats
+from .accuracy import AccuracyTable, Comparisons, Duels, accuracy_tables, csv_text, duels, heading, latex, markdown
+from .frames import SEEDS, Runs, client_scores, scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +154,7 @@ def _partition(run: Path, title: str) -> "Figure":
     counts = np.zeros((samples["client"].max() + 1, samples["class"].max() + 1), dtype=np.int64)
     counts[samples["client"], samples["class"]] = samples["train"] + samples["test"]
     names = [str(i) for i in range(counts.shape[1])]
-    return partition.figure(counts, names, title)
+    return partition_plot.figure(counts, names, title)
 
 
 def _alphas(report: Report, table: AccuracyTable) -> dict[str, pd.DataFrame]:

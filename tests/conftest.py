@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pflbench
-from pflbench import registry
+from pflbench.core import registry
+from pflbench.core.client import Bench, Local
 from pflbench.federation import Split
-from pflbench.local import Bench, Local
 
 Params = dict[str, Tensor]
 BODY = ("body.0.weight", "body.0.bias")

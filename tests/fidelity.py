@@ -10,7 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from pflbench import registry
+from pflbench.core import registry
 
 ROOT = Path(__file__).parents[1]
 LINES = ("Paper", "Personal", "Evaluated", "Deviations")  # of a method's docstring; the last one may be missing

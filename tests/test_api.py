@@ -11,9 +11,9 @@ from torch import nn
 
 import pflbench
 from pflbench import Federation, Record, RunSpec, UsageError
-from pflbench.engine import load_federation, resolve
-from pflbench.evaluate import Score, summary
-from pflbench.local import Bench
+from pflbench.core.client import Bench
+from pflbench.engine.engine import load_federation, resolve
+from pflbench.engine.evaluation import Score, summary
 
 # Federations of one's own.
 

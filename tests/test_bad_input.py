@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pflbench import options
+from pflbench import settings
 from pflbench.cli import main
 from pflbench.spec import RunSpec
 
@@ -194,8 +194,8 @@ def test_command_line(bad: Callable[..., str], tmp_path: Path, line: str, value:
 # What is wrong whatever the option, and what only its own bounds forbid.
 NUMBERS = [
     (name, value)
-    for name in options.fields(RunSpec)
-    for kind in [options.kind(RunSpec, name)[0]]
+    for name in settings.fields(RunSpec)
+    for kind in [settings.kind(RunSpec, name)[0]]
     if kind in (int, float)
     for value in [
         *{int: ["-1", "-9" + "9" * 400, "1" + "0" * 30, "9" * 400, "1.5", "1e3"], float: ["-0.1", "1e300", "-1e300"]}[
@@ -204,7 +204,7 @@ NUMBERS = [
         *["nan", "inf", "-inf", "1e999", "", "many", "1,5", "0x10", "true"],
     ]
 ]
-ZERO = [n for n, f in options.fields(RunSpec).items() if f.metadata["gt"] == 0 or (f.metadata["ge"] or 0) > 0]
+ZERO = [n for n, f in settings.fields(RunSpec).items() if f.metadata["gt"] == 0 or (f.metadata["ge"] or 0) > 0]
 
 
 @pytest.mark.parametrize(("name", "value"), [*NUMBERS, *((name, "0") for name in ZERO), ("min_samples", "1")])

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pflbench import options, registry
+from pflbench import settings
 from pflbench.cli import main
+from pflbench.core import registry
 from pflbench.spec import MODELS, PARTITION_SETTINGS, RunSpec
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
@@ -97,7 +98,7 @@ def test_help_of_a_command(call: Callable[..., Done], command: str) -> None:
 
 def test_help_of_run_has_every_setting(call: Callable[..., Done]) -> None:
     text = " ".join(call("run", "--help").out.split())
-    for name, field in options.fields(RunSpec).items():
+    for name, field in settings.fields(RunSpec).items():
         flag = "--" + name.replace("_", "-")
         assert f"{flag} " in text or f"{flag} / --no-{flag[2:]} " in text
         shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
@@ -151,13 +152,13 @@ def test_describe(call: Callable[..., Done], name: str) -> None:
     assert text[0] == registry.algorithms()[name]
     for word in ("Paper: ", "Personal: ", "Evaluated: "):
         assert sum(line.startswith(word) for line in text) == 1
-    known = options.fields(registry.algorithm(name).Hyper)
+    known = settings.fields(registry.algorithm(name).Hyper)
     last = text[text.index("Hyperparameters (--set name=value):" if known else "Hyperparameters: none.") + 1 :]
     assert len(last) == len(known)
     for line, (key, field) in zip(last, known.items(), strict=True):
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         assert line.startswith(f"  {key} = {default}  {field.metadata['doc']}")
-        assert options.bounds(field) in line
+        assert settings.bounds(field) in line
 
 
 # A run
@@ -202,7 +203,7 @@ def test_the_record_says_everything(record: Path) -> None:
     assert (run["schema"], run["id"], run["status"], run["reason"]) == (1, record.name, "finished", None)
     assert re.fullmatch("[0-9a-f]{12}", record.name)
     spec = run["spec"]
-    assert spec.keys() == {"hyperparameters", *options.fields(RunSpec)}
+    assert spec.keys() == {"hyperparameters", *settings.fields(RunSpec)}
     assert spec["algo"] == "fedas"
     assert spec["hyperparameters"] == {
         "alignment": "own-copy", "weighting": "fisher", "align_lr": 0.02, "align_epochs": 1, "align_batch_size": 16
@@ -277,11 +278,11 @@ def test_a_record_of_other_code_is_shown_as_such(
     settings = [*quick, "--executor", "serial", "--rounds", "1", "--algo", "fedavg"]
     made = json.loads(call("run", *settings, "--json").out)
     if changed == "source":
-        monkeypatch.setattr("pflbench.record.source_fingerprint", lambda _: "0" * 64)
+        monkeypatch.setattr("pflbench.store.record.source_fingerprint", lambda _: "0" * 64)
         what = "another source of fedavg or of pflbench"
     else:
         now = made["versions"]["torch"]
-        monkeypatch.setattr("pflbench.record.versions", lambda: {**made["versions"], "torch": "9.0"})
+        monkeypatch.setattr("pflbench.store.record.versions", lambda: {**made["versions"], "torch": "9.0"})
         what = f"torch {now} and not 9.0"
     note = f"Note: run {made['id']} was made with {what}; --force runs it anew"
     assert note in call("run", *settings).err.splitlines()

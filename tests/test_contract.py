@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pflbench
-from pflbench import options, registry
+from pflbench import settings
+from pflbench.core import registry
 
 METHODS = sorted(registry.algorithms())
 CASES = [(name, {}) for name in METHODS] + [
@@ -282,7 +283,7 @@ def test_the_file_is_named_like_the_method(algo):
 
 def _others(cls):
     """Each hyperparameter with another valid value."""
-    for name, field in options.fields(cls.Hyper).items():
+    for name, field in settings.fields(cls.Hyper).items():
         if field.metadata["choices"]:
             yield from ((name, c) for c in field.metadata["choices"] if c != field.default)
         elif isinstance(field.default, bool):

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Diverged, RunError, evaluate, params, registry
+from pflbench import Diverged, RunError
 from pflbench.algorithms.fedavg import FedAvg
-from pflbench.executors import Processes, Serial, Task, Work, _common, _dumps, _Unpickler
+from pflbench.core import params, registry
+from pflbench.engine import evaluation
+from pflbench.engine.executors import Processes, Serial, Task, Work, _common, _dumps, _Unpickler
 
 METHODS = sorted(registry.algorithms())
 SIZES = (30, 4, 11, 7)
@@ -427,13 +429,15 @@ def test_an_unknown_executor_or_too_few_workers_are_refused(toy, case):
 def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the_same(toy, monkeypatch, algo, tests):
     settings = {"join_ratio": 0.25, "rounds": 6, "federation": toy.federation(SIZES)}
     tested = []
-    test = evaluate.test
-    monkeypatch.setattr(evaluate, "test", lambda *args: tested.append(1) or test(*args))
+    test = evaluation.test
+    monkeypatch.setattr(evaluation, "test", lambda *args: tested.append(1) or test(*args))
     record = toy.run(algo, **settings)
     assert len(tested) == tests  # of FedAS and Local: all, then one participant a round
 
     serial = iter(range(10**6))
-    monkeypatch.setattr("pflbench.executors.fingerprint", lambda *_: str(next(serial)))  # nothing is ever the same
+    monkeypatch.setattr(
+        "pflbench.engine.executors.fingerprint", lambda *_: str(next(serial))
+    )  # nothing is ever the same
     tested.clear()
     assert _prints(toy.run(algo, **settings)) == _prints(record)
     assert len(tested) == 4 * 6 * (2 if algo == "fedavg" else 1)

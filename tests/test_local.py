@@ -9,9 +9,9 @@ from torch import nn
 from torch.func import functional_call
 
 import pflbench
-from pflbench import params
+from pflbench.core import params
+from pflbench.core.params import zeros_like
 from pflbench.errors import Diverged
-from pflbench.params import zeros_like
 
 
 def test_the_loss_gets_the_rows_of_its_batch(toy):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from pflbench import UsageError, build_model
-from pflbench.models import _BUILDERS
-from pflbench.params import fingerprint, read
+from pflbench.core.models import _BUILDERS
+from pflbench.core.params import fingerprint, read
 from pflbench.spec import MODELS
 
 

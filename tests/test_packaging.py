@@ -70,7 +70,7 @@ def test_every_module_is_inside_and_nothing_else(names: set[str]) -> None:
         for path in (ROOT / here).rglob("*.py")
     }
     assert len(ours) > 30
-    suites = {f"pflbench/suites/{path.name}" for path in (ROOT / "pflbench" / "suites").iterdir()}
+    suites = {f"pflbench/sweep/suites/{path.name}" for path in (ROOT / "pflbench" / "sweep" / "suites").iterdir()}
     assert len(suites) == 3
     assert {name for name in names if ".dist-info/" not in name} == (
         ours | suites | {"pflbench/py.typed", "pflbench/reports/page.html.j2"}
@@ -133,7 +133,7 @@ def test_the_installed_command(site: Path, tmp_path: Path) -> None:
 
 def test_the_installed_methods_are_the_wheels(site: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, json\nfrom pflbench import registry\n"
+        "import sys, json\nfrom pflbench.core import registry\n"
         "found = {n: sys.modules[registry.algorithm(n).__module__].__file__ for n in registry.algorithms()}\n"
         "print(json.dumps(found))"
     )

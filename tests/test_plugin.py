@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import pflbench
-from pflbench import registry
+from pflbench.core import registry
 
 EXAMPLE = Path(__file__).parent / "plugin_example"
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"

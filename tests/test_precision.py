@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pflbench
-from pflbench import UsageError, registry
+from pflbench import UsageError
+from pflbench.core import registry
 
 METHODS = sorted(registry.algorithms())
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import pflbench
-import pflbench.evaluate
-from pflbench import RunError, registry
-from pflbench.checkpoint import Checkpoint, checkpoints, load_state, save_state
+import pflbench.engine.evaluation
+from pflbench import RunError
+from pflbench.core import registry
+from pflbench.store.checkpoint import Checkpoint, checkpoints, load_state, save_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 METHODS = [*sorted(registry.algorithms()), "fedas in-place"]
@@ -181,7 +182,7 @@ def test_a_torn_last_line_is_cut_off(start, tmp_path):
 
 def test_other_versions_are_refused_by_name(start, monkeypatch):
     interrupt(start, "out")
-    monkeypatch.setattr("pflbench.engine.versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("pflbench.engine.engine.versions", lambda: {"torch": "0.0"})
     with pytest.raises(RunError, match="torch changed since it was written; --force starts anew"):
         start("fedas", "out", resume=True)
 
@@ -404,10 +405,10 @@ def test_states_are_checked_when_a_record_is_read(start):
 
 
 def test_divergence_in_an_evaluation_leaves_the_states_that_were_tested(start, monkeypatch):
-    test = pflbench.evaluate.test
+    test = pflbench.engine.evaluation.test
     done = []
     poison = (0, float("nan"))
-    monkeypatch.setattr("pflbench.evaluate.test", lambda *args: poison if len(done) == 3 else test(*args))
+    monkeypatch.setattr("pflbench.engine.evaluation.test", lambda *args: poison if len(done) == 3 else test(*args))
     record = start("fedavg-ft", "bad", on_round=done.append)
     assert record.status == "diverged"
     assert record.reason == "round 4: client 0: the loss on the test data is nan; lower lr"
@@ -428,7 +429,8 @@ def test_divergence_in_an_evaluation_leaves_the_states_that_were_tested(start, m
 
 def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(start, tmp_path, monkeypatch):
     whole = result(start("fedavg-ft", "whole"))
-    test, left = pflbench.evaluate.test, 12  # round 2's five clients with two models each, and one of round 4's
+    # Round 2's five clients with two models each, and one of round 4's.
+    test, left = pflbench.engine.evaluation.test, 12
 
     def stop(*args):
         nonlocal left
@@ -437,7 +439,7 @@ def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(sta
             raise KeyboardInterrupt
         return test(*args)
 
-    monkeypatch.setattr("pflbench.evaluate.test", stop)
+    monkeypatch.setattr("pflbench.engine.evaluation.test", stop)
     with pytest.raises(KeyboardInterrupt):
         start("fedavg-ft", "out")
     monkeypatch.undo()

@@ -117,7 +117,7 @@ def test_interrupted_while_processes_are_started(
 
 REPLACED = """
 import signal
-from pflbench import engine
+from pflbench.engine import engine
 from pflbench.cli import main
 
 def run(*_args, **_options):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pflbench import RunSpec, UsageError, datasets
-from pflbench.sweep import Suite, labels, plan, suites
+from pflbench.sweep.runner import Suite, labels, plan, suites
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 

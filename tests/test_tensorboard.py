@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pflbench.record import Record
+from pflbench.store.record import Record
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 RUN = [

@@ -3,7 +3,7 @@
 import configparser
 from pathlib import Path
 
-from pflbench import registry
+from pflbench.core import registry
 
 
 def test_every_method_has_a_smoke_environment() -> None:

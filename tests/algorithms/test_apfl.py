@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message
+from pflbench.core import registry
 
 
 def mix(v, w, alpha):

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
-from pflbench.local import Local
+from pflbench import Message
+from pflbench.core import registry
+from pflbench.core.client import Local
 from pflbench.rng import rng
 
 LAST = {1: ("head.weight", "head.bias"), 2: ("body.0.weight", "body.0.bias", "head.weight", "head.bias")}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pflbench
-from pflbench import Message, UsageError, registry
+from pflbench import Message, UsageError
+from pflbench.core import registry
 
 HYPER = {"lam": 0.8, "alpha": 0.9, "alpha_decay": 0.5, "decay_every": 1, "sigma": 3.0}
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Diverged, Message, registry
+from pflbench import Diverged, Message
 from pflbench.algorithms.fedas import fisher_trace, pull
+from pflbench.core import registry
 from pflbench.rng import rng
 
 HYPER = {"align_lr": 0.7, "align_epochs": 2, "align_batch_size": 2}  # unlike the protocol's, all three

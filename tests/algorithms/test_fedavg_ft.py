@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pflbench import Message, registry
+from pflbench import Message
+from pflbench.core import registry
 from pflbench.rng import rng
 
 

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import UsageError, registry
-from pflbench.models import build_model
+from pflbench import UsageError
+from pflbench.core import registry
+from pflbench.core.models import build_model
 
 SUFFIXES = ("weight", "bias", "running_mean", "running_var")
 NORM = tuple(f"body.2.{s}" for s in SUFFIXES)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pflbench
-from pflbench import Message, UsageError, registry
+from pflbench import Message, UsageError
+from pflbench.core import registry
 from pflbench.rng import rng
 
 HYPER = {"models": 3, "epsilon": 0.6, "epsilon_decay": 0.2, "validation": 0.3}

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, UsageError, registry
+from pflbench import Message, UsageError
+from pflbench.core import registry
 
 # The oracle. Global prototypes are a dict of class to mean; the counts are beside it.
 

@@ -1,6 +1,7 @@
 import pytest
 
-from pflbench import Message, registry
+from pflbench import Message
+from pflbench.core import registry
 
 
 def proximal(toy, start, x, y, mu, batches, **sgd):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from pflbench.local import cross_entropy
+from pflbench.core.client import cross_entropy
 
 
 def test_two_rounds_train_the_head_on_the_received_body_then_the_body_under_that_head(toy, turns):

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, UsageError, registry
+from pflbench import Message, UsageError
+from pflbench.core import registry
 
 PERSONAL = ("personal.weight", "personal.bias")
 

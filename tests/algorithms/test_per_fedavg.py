@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message
+from pflbench.core import registry
 
 ALL = ("body.0.weight", "body.0.bias", "head.weight", "head.bias")
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import pflbench
-from pflbench import Message, registry
+from pflbench import Message
+from pflbench.core import registry
 
 HYPER = {"lam": 4.0, "inner_steps": 3, "inner_lr": 0.06}
 

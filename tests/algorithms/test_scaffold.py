@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pflbench import registry
+from pflbench.core import registry
 
 
 def zeros(toy):

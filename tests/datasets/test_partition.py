@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from pflbench.datasets import partition as P
+from pflbench.datasets import partitioners as P
 from pflbench.errors import UsageError
 
 BASE = {

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pflbench.reports.partition import draw
+from pflbench.reports.partition_plot import draw
 
 
 def counts_of(clients, classes):
@@ -47,7 +47,7 @@ def test_bubbles_up_to_50_by_30_then_a_heat_map(tmp_path):
 
 def test_no_torch_and_no_pyplot(tmp_path):
     code = (
-        "import sys, pathlib, numpy as np; from pflbench.reports.partition import draw;"
+        "import sys, pathlib, numpy as np; from pflbench.reports.partition_plot import draw;"
         "assert 'matplotlib' not in sys.modules;"
         "draw(np.eye(3, dtype=int), 'abc', 't', [pathlib.Path(sys.argv[1])]);"
         "print(*{'torch', 'matplotlib.pyplot'} & {*sys.modules})"

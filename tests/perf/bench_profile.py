@@ -12,8 +12,10 @@ import torch
 import workload
 from torch.utils.flop_counter import FlopCounterMode
 
-import pflbench.local
-from pflbench import executors, models, record
+import pflbench.core.client
+from pflbench.core import models
+from pflbench.engine import executors
+from pflbench.store import record
 
 HERE = Path(__file__).parent
 WORKERS = 2
@@ -68,7 +70,7 @@ def clocks(monkeypatch, tmp_path):
     monkeypatch.setattr(models.Net, "forward", timed("forward", models.Net.forward))
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", timed("forward", torch.nn.functional.cross_entropy))
     monkeypatch.setattr(torch.autograd, "grad", timed("backward", torch.autograd.grad))
-    monkeypatch.setattr(pflbench.local._SGD, "step", timed("optimiser", pflbench.local._SGD.step))
+    monkeypatch.setattr(pflbench.core.client._SGD, "step", timed("optimiser", pflbench.core.client._SGD.step))
     monkeypatch.setattr(executors, "save_state", timed("states", executors.save_state))
     monkeypatch.setattr(executors.Work, "__call__", noted(executors.Work.__call__))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pflbench import registry
+from pflbench.core import registry
 
 SETTINGS = {  # what a method needs for these data
     "fedbn": {"norm": "batch"},

@@ -21,8 +21,8 @@ class Late:  # torch must not be imported any earlier than the command does
     def find_spec(self, name, path, target=None):
         if name == "pflbench.engine":
             sys.meta_path.remove(self)
-            import pflbench.local
-            pflbench.local._SGD.step = stop
+            import pflbench.core.client
+            pflbench.core.client._SGD.step = stop
 
 sys.meta_path.insert(0, Late())
 main()

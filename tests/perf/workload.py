@@ -4,7 +4,7 @@ import numpy as np
 
 from pflbench import Federation, RunSpec
 from pflbench.datasets.dataset import Dataset
-from pflbench.datasets.partition import make
+from pflbench.datasets.partitioners import make
 
 FULL = 60_000
 CLASSES = 10

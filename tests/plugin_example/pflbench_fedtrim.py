@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pflbench import Message, option, register
-from pflbench.algorithm import State
+from pflbench import Message, register, setting
 from pflbench.algorithms.fedavg import FedAvg
+from pflbench.core.algorithm import State
 
 
 @register("fedtrim")
@@ -23,7 +23,7 @@ class FedTrim(FedAvg):
 
     @dataclass(frozen=True)
     class Hyper:
-        trim: float = option(0.1, "share of the uploads to leave out at either end", ge=0, le=0.49)
+        trim: float = setting(0.1, "share of the uploads to leave out at either end", ge=0, le=0.49)
 
     def aggregate(self, server: State, ups: Sequence[Message]) -> State:
         cut = int(self.h.trim * len(ups))

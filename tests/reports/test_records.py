@@ -8,8 +8,8 @@ import pytest
 
 from pflbench import RunSpec, UsageError
 from pflbench import run as compute
-from pflbench.reports import records
-from pflbench.reports.records import client_scores, export, load, scores
+from pflbench.reports import frames
+from pflbench.reports.frames import client_scores, export, load, scores
 
 
 def test_a_real_runs_record_is_loaded_as_it_is(tmp_path, toy):
@@ -161,7 +161,7 @@ def test_no_torch_is_imported(grid, tmp_path):
 
 
 def test_the_schema_is_the_records():
-    from pflbench import record
+    from pflbench.store import record
 
-    assert records.SCHEMA == record.SCHEMA
-    assert ("seed", *(name for name in RunSpec.__dataclass_fields__ if name.endswith("_seed"))) == records.SEEDS
+    assert frames.SCHEMA == record.SCHEMA
+    assert ("seed", *(name for name in RunSpec.__dataclass_fields__ if name.endswith("_seed"))) == frames.SEEDS

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pflbench import UsageError
 from pflbench.reports import plots, report, stats
-from pflbench.reports.records import load, scores
+from pflbench.reports.frames import load, scores
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

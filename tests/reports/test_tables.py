@@ -7,9 +7,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from pflbench.reports import tables
-from pflbench.reports.records import load, scores
-from pflbench.reports.tables import Comparisons, accuracy_tables
+from pflbench.reports import accuracy
+from pflbench.reports.accuracy import Comparisons, accuracy_tables
+from pflbench.reports.frames import load, scores
 
 
 def made(folder, metric="accuracy", selection="last"):
@@ -71,10 +71,10 @@ def test_one_protocol_is_one_table_and_a_missing_cell_is_shown_as_missing(write,
     assert "lr 0.1" in found[0].title + found[1].title
     wide = max(found, key=lambda t: len(t.columns))
     assert [[c is None for c in wide.row(m)] for m in wide.rows] == [[True, False], [False, True]]
-    text = tables.markdown(wide)
+    text = accuracy.markdown(wide)
     assert text.count("missing") == 2
-    assert tables.latex(wide).count("--") >= 2
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text(found))))
+    assert accuracy.latex(wide).count("--") >= 2
+    rows = list(csv.DictReader(io.StringIO(accuracy.csv_text(found))))
     assert [r["seeds"] for r in rows].count("0") == 2
     assert "One seed: there is no standard deviation" in wide.notes[-1]
 
@@ -124,31 +124,31 @@ def test_local_has_no_global_model_and_its_cells_are_missing(grid):
 
 def test_selection_by_the_test_data_is_labelled_as_what_it_is(grid):
     _, (table,) = made(grid, selection="best-test")
-    assert "best round on the TEST data" in tables.markdown(table)
-    assert "best round on the TEST data" in tables.latex(table)
+    assert "best round on the TEST data" in accuracy.markdown(table)
+    assert "best round on the TEST data" in accuracy.latex(table)
 
 
 def test_wins_and_losses_mirror_each_other(grid):
     runs, (table,) = made(grid)
-    matrix = tables.duels(table, Comparisons(runs, "accuracy", "last"))
+    matrix = accuracy.duels(table, Comparisons(runs, "accuracy", "last"))
     assert matrix.counts["fedas", "fedavg"] == (4, 0, 0)
     assert matrix.text("fedas", "fedas") == ""
     for (a, b), counts in matrix.counts.items():
         assert counts == matrix.counts[b, a][::-1]
         assert sum(counts) == 4
-    assert "every client has" in tables.duels(table, Comparisons(runs, "accuracy_std", "last"))
+    assert "every client has" in accuracy.duels(table, Comparisons(runs, "accuracy_std", "last"))
 
 
 def test_too_few_runs_have_no_matrix(write, tmp_path):
     write(tmp_path, "fedas")
     write(tmp_path, "fedavg", seed=1)
     runs, (table,) = made(tmp_path)
-    assert "nothing to compare in pairs" in tables.duels(table, Comparisons(runs, "accuracy", "last"))
+    assert "nothing to compare in pairs" in accuracy.duels(table, Comparisons(runs, "accuracy", "last"))
 
 
 def test_markdown_marks_and_escapes(grid):
     _, (table,) = made(grid)
-    lines = [line for line in tables.markdown(table).splitlines() if line.startswith("|")]
+    lines = [line for line in accuracy.markdown(table).splitlines() if line.startswith("|")]
     assert lines[0] == "| method | cifar10, α=0.1 | cifar10, α=0.5 | cifar100, α=0.1 | cifar100, α=0.5 |"
     assert len({line.count("|") for line in lines}) == 1
     assert all(sum(f"**{c.text()}**" in line for line in lines) for c in table.cells.values() if c.mark == "best")
@@ -162,7 +162,7 @@ def test_the_latex_table_compiles_in_a_bare_article(write, tmp_path):
         write(tmp_path / "runs", "local", seed=seed, dataset="folder:my_images & more%")
         write(tmp_path / "runs", "local", seed=seed, partition="pathological", alpha=None)
     _, (table,) = made(tmp_path / "runs")
-    text = tables.latex(table)
+    text = accuracy.latex(table)
     assert r"folder:my\_images \& more\%" in text
     assert r"fedas align\_lr=0.1" in text
     assert text.isascii()

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from pflbench.record import Record
 from pflbench.spec import RunSpec
-from pflbench.sweep import Event, labels
+from pflbench.store.record import Record
+from pflbench.sweep.runner import Event, labels
 
 
 class Progress:

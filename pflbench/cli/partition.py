@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pflbench import datasets
-from pflbench.datasets.partition import make
-from pflbench.record import check_out
-from pflbench.reports.partition import draw
+from pflbench.datasets.partitioners import make
+from pflbench.reports.partition_plot import draw
 from pflbench.spec import RunSpec
+from pflbench.store.record import check_out
 
 _MOST = 20  # classes that a terminal shows one by one
 

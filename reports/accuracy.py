@@ -14,7 +14,7 @@ import pandas as pd
 from pflbench.spec import RunSpec
 
 from . import stats
-from .records import COLUMNS, METRICS, SEEDS, SELECTIONS, Runs, client_scores, scores
+from .frames import COLUMNS, METRICS, SEEDS, SELECTIONS, Runs, client_scores, scores
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pflbench import options, registry
+from pflbench import settings
+from pflbench.core import registry
 from pflbench.errors import PflbenchError, UsageError, unknown
 from pflbench.spec import MODELS, RunSpec
 
 if TYPE_CHECKING:
-    from pflbench.record import Record
     from pflbench.reports import Runs
-    from pflbench.sweep import Suite
+    from pflbench.store.record import Record
+    from pflbench.sweep.runner import Suite
 
 Command = Callable[..., None]
 _DATA_SETTINGS = (
@@ -45,12 +46,12 @@ def _spec_options(names: tuple[str, ...] | None = None, *, many: bool = False) -
     """
 
     def add(command: Command) -> Command:
-        known = options.fields(RunSpec)
+        known = settings.fields(RunSpec)
         for name in reversed([n for n in known if names is None or n in names]):
-            kind, optional = options.kind(RunSpec, name)
+            kind, optional = settings.kind(RunSpec, name)
             field = known[name]
             default = "" if optional else f"  [default: {_shown(field.default)}]"
-            limits = options.bounds(field).replace(", given", "")
+            limits = settings.bounds(field).replace(", given", "")
             text = f"{field.metadata['doc']}{f'; {limits}' if limits else ''}{default}"
             flag = "--" + name.replace("_", "-")
             if many:
@@ -124,23 +125,23 @@ def run(
     if log not in (None, "tensorboard"):
         raise unknown("log", log, ["tensorboard"])
     if dry_run:
-        from pflbench.engine import check_execution, resolve
+        from pflbench.engine.engine import check_execution, resolve
 
         check_execution(executor, workers, checkpoint_every)
         spec = resolve(spec, data_dir=data_dir, notice=_notice, download=False)
         click.echo(json.dumps({"id": spec.id, "spec": spec.to_dict()}, indent=None if as_json else 2))
         return
-    from pflbench.children import signals_held
+    from pflbench.engine.executors.children import signals_held
 
     with signals_held():  # an exception is lost in what torch runs at its import
-        from pflbench import engine
-    from pflbench.progress import Progress, table
+        from pflbench.engine import engine
+    from pflbench.cli.display import Progress, table
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(quiet=quiet or as_json))
         watchers: list[Any] = [progress]
         if log is not None:
-            from pflbench.tensorboard import Log
+            from pflbench.cli.tensorboard import Log
 
             watchers.append(stack.enter_context(contextlib.closing(Log(out, resume=resume))))
         record = engine.run(
@@ -182,13 +183,13 @@ def _fail_unless_finished(record: "Record") -> None:
 def list_(what: str, as_json: bool) -> None:
     """List what can be chosen."""
     from pflbench import datasets
-    from pflbench.datasets import partition
+    from pflbench.datasets import partitioners
 
     found = {
         "algorithms": registry.algorithms(),
         "datasets": datasets.DATASETS,
         "models": MODELS,
-        "partitions": partition.PARTITIONS,
+        "partitions": partitioners.PARTITIONS,
     }[what]
     if as_json:
         click.echo(json.dumps(found))
@@ -205,10 +206,10 @@ def describe(algorithm: str) -> None:
     cls = registry.algorithm(algorithm)
     module = sys.modules[cls.__module__]
     click.echo((module.__doc__ or cls.__doc__ or "").strip())
-    hyper = options.fields(cls.Hyper)
+    hyper = settings.fields(cls.Hyper)
     click.echo("Hyperparameters (--set name=value):" if hyper else "Hyperparameters: none.")
     for name, field in hyper.items():
-        limits = options.bounds(field)
+        limits = settings.bounds(field)
         click.echo(f"  {name} = {_shown(field.default)}  {field.metadata['doc']}{f' ({limits})' if limits else ''}")
 
 
@@ -224,7 +225,7 @@ def partition(config: str | None, data_dir: str | None, out: str | None, as_json
     Writes partition.png, partition.svg, counts.csv and the sample numbers, indices.npz, to FOLDER/<hashes of partition
     and dataset>/.
     """
-    from pflbench.partitions import show
+    from pflbench.cli.partition import show
 
     values = {name: value for name, value in _settings(config, given).items() if name in _DATA_SETTINGS}
     spec = RunSpec.from_dict({**values, "join_ratio": 1.0})  # its default, not used here, needs 6 clients
@@ -257,9 +258,9 @@ def sweep(
 
     Runs that are there already are not done again; a sweep that was interrupted is started again to go on.
     """
-    from pflbench import sweep as sweeps
-    from pflbench.cores import cores
-    from pflbench.progress import Sweeping
+    from pflbench.cli.display import Sweeping
+    from pflbench.engine.cores import cores
+    from pflbench.sweep import runner as sweeps
 
     grid = {name: list(values) for name, values in given.items() if values}
     chosen = sweeps.Suite() if suite is None else _suite(suite)
@@ -290,7 +291,7 @@ def sweep(
             click.echo(f"{spec.id}  {found[spec.id] or 'to do'}  {label}")
         click.echo(f"{len(specs)} runs: {len(specs) - missing} are there, {missing} to do")
         return
-    from pflbench.record import check_out
+    from pflbench.store.record import check_out
 
     check_out(folder)
     with Sweeping(specs, found, quiet=quiet or as_json) as progress:
@@ -318,9 +319,9 @@ _selection_option = click.option(
 
 def _load(runs: tuple[str, ...]) -> "Runs":
     """Return the records in `runs`, and say what was left out."""
-    from pflbench.reports import records
+    from pflbench.reports import frames
 
-    found = records.load(*map(Path, runs or ("runs",)))
+    found = frames.load(*map(Path, runs or ("runs",)))
     for path, reason in found.left_out.itertuples(index=False):
         _notice(f"left out {path}: {reason}")
     return found
@@ -341,9 +342,9 @@ def report(runs: tuple[str, ...], metric: str, selection: str, target: str | Non
     """
     from rich.console import Console
 
-    from pflbench.cores import cores
+    from pflbench.engine.cores import cores
+    from pflbench.reports import accuracy
     from pflbench.reports import report as reporting
-    from pflbench.reports import tables
 
     folder = _folder("out", out)
     assert folder is not None  # noqa: S101
@@ -354,7 +355,7 @@ def report(runs: tuple[str, ...], metric: str, selection: str, target: str | Non
     if not console.is_terminal:
         console.width = 200
     for table in made.tables:
-        console.print(tables.terminal(table))
+        console.print(accuracy.terminal(table))
         for note in table.notes:
             console.print(note, highlight=False, style="dim")
     console.print(f"{len(found.runs)} runs; " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
@@ -371,7 +372,7 @@ def compare(run_a: str, run_b: str, selection: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pflbench.progress import percent
+    from pflbench.cli.display import percent
     from pflbench.reports.compare import compare as comparing
 
     found = comparing(Path(run_a), Path(run_b), selection)
@@ -402,17 +403,17 @@ def export(runs: tuple[str, ...], kind: str, out: str) -> None:
 
     RUNS are run folders, or folders of them  [default: runs].
     """
-    from pflbench.reports import records
+    from pflbench.reports import frames
 
     folder = _folder("out", out)
     assert folder is not None  # noqa: S101
     found = _load(runs)
-    for path in records.export(found, folder, kind):
+    for path in frames.export(found, folder, kind):
         click.echo(path)
 
 
 def _suite(name: str) -> "Suite":
-    from pflbench import sweep as sweeps
+    from pflbench.sweep import runner as sweeps
 
     ready = sweeps.suites()
     path = ready.get(name, Path(name))
@@ -423,7 +424,7 @@ def _suite(name: str) -> "Suite":
 
 def _settings(config: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of file `config`, overridden by those `given` on the command line."""
-    allowed = (*options.fields(RunSpec), *_OWN, "set")
+    allowed = (*settings.fields(RunSpec), *_OWN, "set")
     values = {} if config is None else _read_config(Path(config))
     for name in values:
         if name not in allowed:

@@ -22,17 +22,17 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from pflbench import evaluate
-from pflbench.algorithm import Algorithm, Message, State
-from pflbench.checkpoint import Saved, Stored, load_state, save_state
-from pflbench.children import begin_child, end_children, signals_held, start_child
+from pflbench.core.algorithm import Algorithm, Message, State
+from pflbench.core.client import Bench, Counts, Local
+from pflbench.core.models import Net
+from pflbench.core.params import Params, fingerprint, tensor_digest
+from pflbench.engine import evaluation
+from pflbench.engine.evaluation import Score
+from pflbench.engine.executors.children import begin_child, end_children, signals_held, start_child
 from pflbench.errors import PflbenchError, RunError
-from pflbench.evaluate import Score
 from pflbench.federation import Federation
-from pflbench.local import Bench, Counts, Local
-from pflbench.models import Net
-from pflbench.params import Params, fingerprint, tensor_digest
 from pflbench.spec import RunSpec
+from pflbench.store.checkpoint import Saved, Stored, load_state, save_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +116,13 @@ class Work:
         if task.last is not None and task.last.models[0] == mine:
             correct, loss = task.last.correct, task.last.loss
         else:
-            correct, loss = evaluate.test(self.bench, own, split)
+            correct, loss = evaluation.test(self.bench, own, split)
         if whole is None or everyones == mine:
             globally = None if whole is None else correct
         elif task.last is not None and task.last.models[1] == everyones:
             globally = task.last.global_correct
         else:
-            globally, _ = evaluate.test(self.bench, whole, split)
+            globally, _ = evaluation.test(self.bench, whole, split)
         return Score(task.client, len(split), correct, loss, globally, (mine, everyones))
 
     def _note_digests(self, down: Message) -> None:

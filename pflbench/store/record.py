@@ -28,7 +28,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pflbench.checkpoint import (
+from pflbench.core.params import State
+from pflbench.errors import RunBusy, RunError, UsageError
+from pflbench.spec import RunSpec
+from pflbench.store.checkpoint import (
     LOGS,
     Checkpoint,
     ClientStates,
@@ -39,14 +42,11 @@ from pflbench.checkpoint import (
     save_state,
     writing,
 )
-from pflbench.errors import RunBusy, RunError, UsageError
-from pflbench.params import State
-from pflbench.spec import RunSpec
 
 if TYPE_CHECKING:
     import filelock
 
-    from pflbench.algorithm import Algorithm
+    from pflbench.core.algorithm import Algorithm
 
 SCHEMA = 1
 _TIMES = ("seconds", "busy_seconds")
@@ -427,7 +427,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     if not (here.parent / ".git").exists():
         return None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -438,10 +438,10 @@ def _commit() -> str | None:
 
 def source_fingerprint(algorithm: "Algorithm") -> str:
     """Return the SHA-256 of the source of a method: of the modules of its classes, and of the core that computes it."""
-    core = ("algorithm", "engine", "evaluate", "executors", "local", "models", "params", "rng")
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for name in core:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for path in sorted([*root.glob("*.py"), *(root / "core").glob("*.py"), *(root / "engine").rglob("*.py")]):
+        digest.update(path.read_bytes())
     for cls in type(algorithm).__mro__[:-1]:
         try:
             digest.update(inspect.getsource(sys.modules[cls.__module__]).encode())

@@ -12,11 +12,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pflbench import registry
-from pflbench.children import begin_child, end_children, signals_held, start_child
+from pflbench.core import registry
+from pflbench.engine.executors.children import begin_child, end_children, signals_held, start_child
 from pflbench.errors import PflbenchError, RunBusy, UsageError, unknown
-from pflbench.record import is_busy, outdated
 from pflbench.spec import RunSpec
+from pflbench.store.record import is_busy, outdated
 
 _TABLES = ("base", "grid", "algorithm", "include", "exclude")
 _RETRY = 2.0  # seconds between looks at a run that another sweep computes
@@ -114,7 +114,7 @@ def plan(
     specs: Sequence[RunSpec], data_dir: Path | None, notice: Callable[[str], None], *, download: bool = True
 ) -> list[RunSpec]:
     """Return `specs` as they will be run, with all defaults resolved, each once."""
-    from pflbench.engine import resolve
+    from pflbench.engine.engine import resolve
 
     told: set[str] = set()
 
@@ -228,7 +228,7 @@ def _compute(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool, to: C
     """Compute one run, in a process of its own, and tell how it goes."""
     # The sweep ends its runs; without one, this would wait for a reader for ever, and keep the run to itself.
     begin_child(signal.SIG_DFL)
-    from pflbench import engine
+    from pflbench.engine import engine
 
     began: list[RunSpec] = []
     try:

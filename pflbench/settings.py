@@ -20,7 +20,7 @@ _LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what torch takes: 64-bit integers,
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
-def option(
+def setting(
     default: Any,
     doc: str,
     *,
@@ -35,7 +35,7 @@ def option(
 
 
 def fields(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
-    """Return the settings of dataclass `cls` by name (the fields that `option` made)."""
+    """Return the settings of dataclass `cls` by name (the fields that `setting` made)."""
     return {f.name: f for f in dataclasses.fields(cls) if "doc" in f.metadata}
 
 

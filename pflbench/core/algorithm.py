@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pflbench import options, params
-from pflbench.params import Params, State, merge
+from pflbench import settings
+from pflbench.core import params
+from pflbench.core.params import Params, State, merge
 
 if TYPE_CHECKING:
-    from pflbench.local import Local
+    from pflbench.core.client import Local
 
 __all__ = ["Algorithm", "Message", "Params", "State", "merge"]
 
@@ -48,7 +49,7 @@ class Algorithm:
 
     @dataclasses.dataclass(frozen=True)
     class Hyper:
-        """Hyperparameters: fields made by `pflbench.options.option`."""
+        """Hyperparameters: fields made by `pflbench.settings.setting`."""
 
     sequential: bool = False
     """True when the clients of a round depend on each other: they are then computed one by one, and `relay` is called
@@ -57,7 +58,7 @@ class Algorithm:
     """True when the evaluated model comes from the client's state alone: for a test it is sent an empty message."""
 
     def __init__(self, **hyperparameters: Any) -> None:
-        self.h: Any = options.build(type(self).Hyper, hyperparameters, f"hyperparameter of {self.name}")
+        self.h: Any = settings.build(type(self).Hyper, hyperparameters, f"hyperparameter of {self.name}")
 
     def is_personal(self, name: str) -> bool:  # noqa: ARG002
         """Return whether the parameter (or buffer) `name` never leaves its client."""

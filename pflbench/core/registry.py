@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pflbench.errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from pflbench.algorithm import Algorithm
+    from pflbench.core.algorithm import Algorithm
 
 T = TypeVar("T", bound="type[Algorithm]")
 GROUP = "pflbench.algorithms"

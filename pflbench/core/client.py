@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pflbench import params
+from pflbench.core import params
+from pflbench.core.models import Net
+from pflbench.core.params import Params
 from pflbench.errors import Diverged
 from pflbench.federation import Split
-from pflbench.models import Net
-from pflbench.params import Params
 from pflbench.rng import rng
 from pflbench.spec import RunSpec
 

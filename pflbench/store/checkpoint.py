@@ -22,8 +22,8 @@ from typing import Any, Self
 from safetensors import safe_open
 from safetensors.torch import save
 
+from pflbench.core.params import Params, State
 from pflbench.errors import RunError
-from pflbench.params import Params, State
 
 KEEP = 2
 LOGS = ("rounds.jsonl", "clients.jsonl")

@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from pflbench import evaluate, params, registry
-from pflbench.algorithm import Algorithm, Message, State
-from pflbench.checkpoint import ClientStates
-from pflbench.cores import cores
+from pflbench.core import params, registry
+from pflbench.core.algorithm import Algorithm, Message, State
+from pflbench.core.models import Net, build_model
+from pflbench.engine import evaluation
+from pflbench.engine.cores import cores
+from pflbench.engine.executors import EXECUTORS, Executor, Task, Trained, Work, one_thread
 from pflbench.errors import Diverged, UsageError, unknown
-from pflbench.executors import EXECUTORS, Executor, Task, Trained, Work, one_thread
 from pflbench.federation import Federation
-from pflbench.models import Net, build_model
-from pflbench.record import Record, Writer, check_out, machine, outdated, source_fingerprint, versions
 from pflbench.rng import rng
 from pflbench.spec import RunSpec
+from pflbench.store.checkpoint import ClientStates
+from pflbench.store.record import Record, Writer, check_out, machine, outdated, source_fingerprint, versions
 
 Row = dict[str, Any]
 OnRound = Callable[[Row], None]
@@ -138,7 +139,7 @@ class _Loop:
         self._pool = pool
         self._on_round = on_round
         self._writer = writer
-        self._last: dict[int, evaluate.Score] = {}
+        self._last: dict[int, evaluation.Score] = {}
 
     def run(self, untested: Row | None) -> Row | None:
         """Run what is missing after the rounds in the record and the one that is `untested`.
@@ -206,7 +207,7 @@ class _Loop:
 
     def _compute(
         self, tests: list[Task], number: int, chosen: list[int]
-    ) -> tuple[list[evaluate.Score | Exception], list[Trained | Exception], int, State]:
+    ) -> tuple[list[evaluation.Score | Exception], list[Trained | Exception], int, State]:
         """Compute `tests`, and train the `chosen` in round `number`.
 
         Returns what the former and the latter gave, the bytes sent to the latter, and the server's state: another one
@@ -214,7 +215,7 @@ class _Loop:
         """
         server = self._record.server
         sequential = self._algorithm.sequential
-        scores: list[evaluate.Score | Exception] = []
+        scores: list[evaluation.Score | Exception] = []
         trained: list[Trained | Exception] = []
         sent = 0
         for group in [[c] for c in chosen] if sequential and chosen else [chosen]:
@@ -240,14 +241,14 @@ class _Loop:
 
         return [Task(test, number, c, down(c), stored(c), last.get(c)) for c in clients]
 
-    def _finish(self, row: Row, scores: list[evaluate.Score | Exception] | None) -> None:
+    def _finish(self, row: Row, scores: list[evaluation.Score | Exception] | None) -> None:
         """Record a round's line and its evaluation, if any."""
         tested: list[Row] = []
         if scores is not None:
             with _round_named(row["round"]):
                 good = _good(scores)
-                row |= evaluate.summary(good)
-            tested = [{"round": row["round"], **evaluate.accuracies(score)} for score in good]
+                row |= evaluation.summary(good)
+            tested = [{"round": row["round"], **evaluation.accuracies(score)} for score in good]
             self._last = {score.client: score for score in good}
         row |= {name: round(row[name], 3) for name in ("seconds", "busy_seconds")}
         self._record.rounds.append(row)
@@ -340,7 +341,7 @@ def resolve(
 def load_federation(spec: RunSpec, data_dir: Path | str | None = None) -> Federation:
     """Return the clients that the resolved `spec` describes. Raises `UsageError` when the demand is impossible."""
     from pflbench import datasets
-    from pflbench.datasets.partition import make
+    from pflbench.datasets.partitioners import make
 
     data = datasets.load(spec.dataset, _data_dir(data_dir))
     parts = make(data.labels, data.n_train, len(data.classes), **spec.partition_settings())

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pflbench.core.client import Bench, chunks
+from pflbench.core.params import Params
 from pflbench.errors import Diverged
 from pflbench.federation import Split
-from pflbench.local import Bench, chunks
-from pflbench.params import Params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a method says: algorithms, clients, networks, parameters."""
