@@ -1,1 +1,1 @@
-"""One file per method. A file is found by its name; see docs/adding-an-algorithm.md."""
+"""One file per method. A method is found by its file's name; see docs/adding-an-algorithm.md."""

@@ -6,16 +6,11 @@ descends F_k(v) + lambda/2 |v - w^t|^2, where w^t is the global model as it was 
 Personal: a second model, v_k, trained on the client alone.
 Evaluated: the client's own v_k; before its first participation, the initial one. The global model, too.
 Deviations: v_k trains for the protocol's local epochs, like w, but on batches of its own; in the authors' code both
-step on the same. Clients are sampled uniformly and weigh their samples; the authors' example samples them in proportion
-and takes the plain mean. lambda is that example's; the paper chooses it for each client by validation.
+step on the same. Clients are sampled uniformly and weighted by their samples; the authors' example samples them in
+proportion and takes the plain mean. lambda is that example's; the paper chooses it for each client by validation.
 """
 
-from dataclasses import dataclass
-
-from pflbench.core.algorithm import Message, Params, State
-from pflbench.core.client import Local, proximal
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import Client, Message, Setup, State, proximal, register, setting
 
 from .fedavg import FedAvg
 
@@ -24,14 +19,12 @@ from .fedavg import FedAvg
 class Ditto(FedAvg):
     """FedAvg, with a personal model on every client."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        lam: float = setting(1.0, "lambda: how strongly the personal model is tied to the global one", ge=0)
+    lam: float = setting(1.0, "lambda: how strongly the personal model is tied to the global one", ge=0)
 
-    def init_client(self, model: Params) -> State:
-        return {"model": model}
+    def init_client(self, setup: Setup) -> State:
+        return {"model": setup.model}
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        up, _ = super().local_update(local, down, {"model": {}})
-        own = local.sgd(state["model"], correct=proximal(down["model"], self.h.lam), purpose="personal")
-        return up, {"model": own}
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        upload = Message({"model": client.sgd(received["model"])}, weight=client.n)
+        pull = proximal(received["model"], self.lam)
+        return upload, {"model": client.sgd(state["model"], transform=pull, stream="personal")}

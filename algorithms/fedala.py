@@ -2,23 +2,21 @@
 
 Paper: Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
 https://arxiv.org/abs/2212.01197; Algorithm 1, whose lines 6 to 16 are the local aggregation: the last layers become
-own + (received - own) * W, the others are the received ones. W, ones at first, is trained by SGD on a random share of
-the samples and clipped to [0, 1]: until it converges the first time, for one epoch from then on.
+own + (received - own) * W, the others are the received ones. W starts as ones. SGD trains it on a random share of the
+samples and clips it to [0, 1]: until it converges the first time, and for one epoch in every later round.
 Personal: W, and the client's model after training, which is also uploaded.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
-Deviations: W has converged, as in the authors' code, when the last ten losses have a standard deviation below 0.1; ours
-are over the share, theirs of a last batch, and we stop at 100 epochs. Their code mixes for those that do not take part,
-too, and tests mixtures. As there, a received model that is the client's own is not mixed.
+Deviations: W has converged, as in the authors' code, when the last ten losses have a standard deviation below 0.1; our
+losses are over the share, theirs of a last batch, and we stop at 100 epochs. Their code mixes for absent clients, too,
+and tests mixtures. As there, a received model that equals the client's own is not mixed, and no batch of the weights'
+training is dropped, whatever the protocol says.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
-from pflbench.core.algorithm import Message, Params, State
-from pflbench.core.client import Batch, Local
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import Batch, Client, Message, Params, Setup, State, register, setting
 
 from .fedavg import FedAvg
 
@@ -27,40 +25,42 @@ from .fedavg import FedAvg
 class FedALA(FedAvg):
     """FedAvg with adaptive local aggregation."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        eta: float = setting(1.0, "learning rate of the weights", gt=0)
-        share: float = setting(0.8, "share of the samples on which the weights are trained", gt=0, le=1)
-        layers: int = setting(1, "how many of the last layers are mixed", ge=1)
+    eta: float = setting(1.0, "learning rate of the weights", gt=0)
+    share: float = setting(0.8, "share of the samples on which the weights are trained", gt=0, le=1)
+    layers: int = setting(1, "how many of the last layers are mixed", ge=1)
 
-    def init_client(self, model: Params) -> State:
-        return {"model": model, "weights": {}}
+    def init_client(self, setup: Setup) -> State:
+        return {"model": setup.model, "weights": {}}
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        start, weights = self.mix(local, down["model"], state["model"], state["weights"])
-        model = local.sgd(start)
-        return Message({"model": model}, weight=local.n), {"model": model, "weights": weights}
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        start, weights = self.mix(client, received["model"], state["model"], state["weights"])
+        model = client.sgd(start)
+        return Message({"model": model}, weight=client.n), {"model": model, "weights": weights}
 
-    def mix(self, local: Local, received: Params, own: Params, weights: Params) -> tuple[Params, Params]:
+    def mix(self, client: Client, received: Params, own: Params, weights: Params) -> tuple[Params, Params]:
         """Return the mixture and its weights, trained further; `weights` is empty the first time."""
         if all(torch.equal(t, own[name]) for name, t in received.items()):
             return received, weights
-        of = {name: name.rpartition(".")[0] for name in local.trainable(received)}  # the layer of each parameter
-        last = list(dict.fromkeys(of.values()))[-self.h.layers :]
-        gap = {name: received[name] - own[name] for name in of if of[name] in last}
-        some, _ = local.parts(self.h.share, purpose="weights")
+        layer = {name: name.rpartition(".")[0] for name in client.setup.trainable(received)}
+        last = list(dict.fromkeys(layer.values()))[-self.layers :]
+        gap = {name: received[name] - own[name] for name in layer if layer[name] in last}
+        some, _ = client.part(self.share, stream="weights")
+        config = replace(client.protocol, epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, drop_last=False)
 
         def mixed(w: Params) -> Params:
-            return received | {name: own[name] + by * w[name] for name, by in gap.items()}
+            return {**received, **{name: own[name] + by * w[name] for name, by in gap.items()}}
 
         def direction(w: Params, batch: Batch) -> Params:
-            grad = some.grad(mixed(w), *batch, only=gap.__contains__)
-            return {name: t - (t - self.h.eta * grad[name] * gap[name]).clamp(0, 1) for name, t in w.items()}
+            grad = some.grad(mixed(w), batch, trainable=gap, train_mode=True)
+            return {name: t - (t - self.eta * grad[name] * gap[name]).clamp(0, 1) for name, t in w.items()}
 
         w, losses = weights or {name: torch.ones_like(t) for name, t in gap.items()}, list[float]()
         for _ in range(1 if weights else 100):
-            w = some.descend(w, direction, epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, purpose="weights")
+            w = some.descend(w, direction, config=config, stream="weights")
             losses += [] if weights else [some.loss(mixed(w))]
             if len(losses) > 10 and torch.tensor(losses[-10:]).std(correction=0) < 0.1:
                 break
         return mixed(w), w
+
+    def personalise(self, client: Client, received: Message, state: State) -> State:
+        return {"model": state["model"]}

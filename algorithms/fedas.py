@@ -8,24 +8,24 @@ is the trace of client k's Fisher information after its training.
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
 Evaluated: the client's own model after its last training; before its first participation, the initial one.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over
-batches of the squared norm of the gradient of the batch's mean loss, which grows with the client's samples. Aligned is
-a copy of the received body; the authors' code trains the server's own, so that a client starts from what the clients
-before it aligned: `alignment=in-place` does the same (the aligned body is then sent back, and counted).
+batches of the squared norm of the gradient of the batch's mean loss, which grows with the client's samples. We align a
+copy of the received body. The authors' code aligns the server's model in place, so each client starts from the body
+that earlier clients have already aligned: `alignment=in-place` does the same (the aligned body is then sent back, and
+counted). Prototypes use all samples, as in the paper; the authors' loader drops the last incomplete batch. Buffers of
+BatchNorm are averaged here; the authors' code neither sends nor averages them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
 from torch import Tensor
 
-from pflbench.core.algorithm import Message, Params, State, merge
-from pflbench.core.client import Local
-from pflbench.core.models import Net
-from pflbench.core.registry import register
-from pflbench.errors import Diverged
-from pflbench.settings import setting
+from pflbench.core import (
+    Batch, Client, Cohort, Diverged, Loss, Message, Net, Params, Round, Setup, State, Upload, need_features,
+    prototypes, register, setting,
+)  # fmt: skip
 
 from .fedper import FedPer
 
@@ -34,61 +34,69 @@ from .fedper import FedPer
 class FedAS(FedPer):
     """FedPer with parameter alignment on the client and client synchronisation on the server."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        alignment: str = setting("own-copy", "what is aligned", choices=("own-copy", "in-place", "off"))
-        weighting: str = setting("fisher", "weights of the average", choices=("fisher", "samples"))
-        align_lr: float = setting(0.01, "learning rate of the alignment", gt=0)
-        align_epochs: int = setting(1, "epochs of the alignment", ge=1)
-        align_batch_size: int = setting(16, "samples in a batch of the alignment", ge=1)
+    alignment: str = setting("own-copy", "what is aligned", choices=("own-copy", "in-place", "off"))
+    weighting: str = setting("fisher", "weights of the average", choices=("fisher", "samples"))
+    align_lr: float = setting(0.01, "learning rate of the alignment", gt=0)
+    align_epochs: int = setting(1, "epochs of the alignment", ge=1)
+    align_batch_size: int = setting(16, "samples in a batch of the alignment", ge=1)
 
-    @property
-    def sequential(self) -> bool:  # type: ignore[override]
-        return bool(self.h.alignment == "in-place")
+    def check(self, setup: Setup) -> None:
+        if self.alignment != "off":
+            need_features(self, setup)
 
-    def init_client(self, model: Params) -> State:
-        return {"model": model}
+    def init_client(self, setup: Setup) -> State:
+        return {"model": setup.model}
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        start = merge(state["model"], down["model"])
-        if self.h.alignment != "off":
-            start = local.sgd(
-                start, epochs=self.h.align_epochs, lr=self.h.align_lr, momentum=0.0, weight_decay=0.0,
-                batch_size=self.h.align_batch_size, only=self.is_shared, loss=pull(local.prototypes(state["model"])),
-                purpose="align",
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        start = {**state["model"], **received["model"]}
+        if self.alignment != "off":
+            config = replace(
+                client.protocol, epochs=self.align_epochs, lr=self.align_lr, batch_size=self.align_batch_size,
+                momentum=0.0, weight_decay=0.0,
             )  # fmt: skip
-        model = local.sgd(start)
-        weight = fisher_trace(local, model) if self.h.weighting == "fisher" else local.n
-        parts = {"model": self.shared(model)}
-        if self.sequential:
-            parts["aligned"] = self.shared(start)
-        return Message(parts, weight), {"model": model}
+            loss = to_prototypes(prototypes(client, state["model"]))
+            start = client.sgd(start, loss=loss, trainable=received["model"], config=config, stream="align")
+        model = client.sgd(start)
+        weight = fisher_trace(client, model) if self.weighting == "fisher" else client.n
+        aligned = {"aligned": self.shared(start)} if self.alignment == "in-place" else {}
+        return Message({"model": self.shared(model), **aligned}, weight), {"model": model}
 
-    def relay(self, server: State, up: Message) -> State:
-        return {"model": up["aligned"]}
+    def play(self, round: Round, server: State, cohort: Cohort) -> State:
+        if self.alignment != "in-place":
+            return super().play(round, server, cohort)
+        uploads: list[Upload] = []
+        for client in round.cohort:
+            uploads += cohort.update(server, [client])
+            server = {"model": uploads[-1]["aligned"]}
+        return self.aggregate(round, server, uploads)
 
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
-        traces = [up.weight for up in ups]
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
+        traces = [upload.weight for upload in uploads]
         if not (isfinite(sum(traces)) and sum(traces) > 0):
             raise Diverged(f"the Fisher traces of the uploads, {traces}, have no positive finite sum; lower lr")
-        return super().aggregate(server, ups)
+        return super().aggregate(round, server, uploads)
+
+    def personalise(self, client: Client, received: Message, state: State) -> State:
+        return {"model": state["model"]}
 
 
-def pull(targets: Tensor) -> Callable[[Net, Tensor, Tensor], Tensor]:
-    """Return the alignment loss: summed over the classes of a batch, the MSE of features to the class's prototype."""
+def to_prototypes(means: Tensor) -> Loss:
+    """Return the alignment loss: the sum over the classes of a batch of the MSE of their features to `means`."""
 
-    def loss(net: Net, x: Tensor, y: Tensor) -> Tensor:
-        distance: Tensor = (net.body(x) - targets[y]).square().mean(1)
-        counts = y.bincount()[y].to(distance.dtype)
-        return distance * (len(y) / counts)  # the mean over the batch is then the sum of the classes' means
+    def loss(net: Net, batch: Batch) -> Tensor:
+        distance = (net.body(batch.x) - means[batch.y]).square().mean(1)
+        counts = batch.y.bincount()[batch.y].to(distance.dtype)
+        # A class's mean counts once: sum_c 1/n_c sum_i d_i, written as a mean over the batch to keep the bits of 0.1.
+        value: Tensor = (distance * (len(batch) / counts)).mean()
+        return value
 
     return loss
 
 
-def fisher_trace(local: Local, model: Params) -> float:
+def fisher_trace(client: Client, model: Params) -> float:
     """Return the trace of the empirical Fisher information of `model`, over batches of the training data."""
     trace = torch.zeros((), dtype=torch.float64)
-    for x, y in local.batches(purpose="fisher"):
-        for g in local.grad(model, x, y).values():
+    for batch in client.batches(stream="fisher"):
+        for g in client.grad(model, batch).values():
             trace += torch.dot(g.flatten(), g.flatten())
     return float(trace)

@@ -8,19 +8,16 @@ Evaluated: the global model.
 
 from collections.abc import Sequence
 
-from pflbench.core.algorithm import Algorithm, Message, State, merge
-from pflbench.core.client import Local
-from pflbench.core.params import average
-from pflbench.core.registry import register
+from pflbench.core import Algorithm, Client, Message, Round, State, Upload, mean, register
 
 
 @register("fedavg")
 class FedAvg(Algorithm):
     """Federated averaging, and the base of the methods that average what is shared."""
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        model = local.sgd(merge(down["model"], state["model"]))
-        return Message({"model": self.shared(model)}, weight=local.n), {"model": self.personal(model)}
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        model = client.sgd({**received["model"], **state["model"]})
+        return Message({"model": self.shared(model)}, weight=client.n), {"model": self.personal(model)}
 
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
-        return {"model": average((up["model"] for up in ups), [up.weight for up in ups])}
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
+        return {"model": mean(uploads, "model")}

@@ -8,12 +8,9 @@ Evaluated: the global model after `ft_epochs` epochs of the protocol's SGD on th
 Deviations: the paper tunes the fine-tuning per task and gives no default; ours is one epoch at the protocol's rate.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-from pflbench.core.algorithm import Message, Params, State
-from pflbench.core.client import Local
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import Client, Message, Params, State, register, setting
 
 from .fedavg import FedAvg
 
@@ -22,14 +19,13 @@ from .fedavg import FedAvg
 class FedAvgFT(FedAvg):
     """FedAvg with fine-tuning before evaluation."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        ft_epochs: int = setting(1, "epochs of fine-tuning before each evaluation", ge=0)
+    ft_epochs: int = setting(1, "epochs of fine-tuning before each evaluation", ge=0)
 
-    def is_tuned(self, name: str) -> bool:
-        """Return whether fine-tuning changes the parameter (or buffer) `name`."""
-        return True
+    def tuned(self, model: Params) -> Params:
+        """Return the parameters that fine-tuning changes."""
+        return model
 
-    def personalised(self, local: Local, down: Message, state: State) -> Params:
-        received = super().personalised(local, down, state)
-        return local.sgd(received, epochs=self.h.ft_epochs, only=self.is_tuned, purpose="fine-tune")
+    def personalise(self, client: Client, received: Message, state: State) -> State:
+        model = super().personalise(client, received, state)["model"]
+        config = replace(client.protocol, epochs=self.ft_epochs)
+        return {"model": client.sgd(model, config=config, trainable=self.tuned(model), stream="fine-tune")}

@@ -11,13 +11,10 @@ client's relative number of samples, Algorithm 1 does not. alpha is that of the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from pflbench.core.algorithm import Message, Params, State
-from pflbench.core.client import Local, proximal
-from pflbench.core.params import average, zeros_like
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import (
+    Client, Message, Params, Round, Setup, State, Upload, mean, proximal, register, setting, zeros_like,
+)  # fmt: skip
 
 from .fedavg import FedAvg
 
@@ -26,30 +23,28 @@ from .fedavg import FedAvg
 class FedDyn(FedAvg):
     """FedAvg with dynamic regularisation."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        alpha: float = setting(0.01, "weight of the regulariser", gt=0)
+    alpha: float = setting(0.01, "weight of the regulariser", gt=0)
 
-    def init_server(self, model: Params) -> State:
-        return {"model": model, "h": zeros_like(model)}
+    def init_server(self, setup: Setup) -> State:
+        return {"model": setup.model, "h": zeros_like(setup.model)}
 
-    def init_client(self, model: Params) -> State:
-        return {"gradient": zeros_like(model)}
+    def init_client(self, setup: Setup) -> State:
+        return {"gradient": zeros_like(setup.model)}
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        sent, g, alpha = down["model"], state["gradient"], self.h.alpha
-        near = proximal(sent, alpha)
-        model = local.sgd(sent, correct=lambda name, grad, param: near(name, grad - g[name], param))
-        own = local.trainable(model)
-        new = g | {name: g[name] - alpha * (t - sent[name]) for name, t in own.items()}
-        buffers = {name: t for name, t in model.items() if name not in own}
-        # The weights of those that took part sum to their share of all clients.
-        return Message({"model": own, "buffers": buffers}, weight=1 / local.clients), {"gradient": new}
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        start, g = received["model"], state["gradient"]
+        pull = proximal(start, self.alpha)
 
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
-        weights, alpha = [up.weight for up in ups], self.h.alpha
-        mean = average((up["model"] for up in ups), weights)
-        share = sum(weights)
-        h = {name: server["h"][name] - alpha * share * (t - server["model"][name]) for name, t in mean.items()}
-        model = {name: t - h[name] / alpha for name, t in mean.items()}
-        return {"model": model | average((up["buffers"] for up in ups), weights), "h": server["h"] | h}
+        def regularised(grads: Params, now: Params) -> Params:
+            return pull({name: grad - g[name] for name, grad in grads.items()}, now)
+
+        model = client.sgd(start, transform=regularised)
+        own = client.setup.trainable(model)
+        new = {name: g[name] - self.alpha * (t - start[name]) for name, t in own.items()}
+        return Message({"model": model}), {"gradient": {**g, **new}}
+
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
+        share, w = len(uploads) / round.setup.clients, mean(uploads, "model")
+        own = round.setup.trainable(w)
+        h = {n: server["h"][n] - self.alpha * share * (t - server["model"][n]) for n, t in own.items()}
+        return {"model": {**w, **{n: t - h[n] / self.alpha for n, t in own.items()}}, "h": {**server["h"], **h}}

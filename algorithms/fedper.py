@@ -7,7 +7,7 @@ Personal: the head.
 Evaluated: the averaged body with the client's own head.
 """
 
-from pflbench.core.registry import register
+from pflbench.core import Params, head, register
 
 from .fedavg import FedAvg
 
@@ -16,5 +16,5 @@ from .fedavg import FedAvg
 class FedPer(FedAvg):
     """FedAvg over the body alone."""
 
-    def is_personal(self, name: str) -> bool:
-        return name.startswith("head.")
+    def personal(self, model: Params) -> Params:
+        return head(model)

@@ -1,21 +1,16 @@
-"""FedProx: FedAvg whose clients are held near the global model by a proximal term.
+"""FedProx: FedAvg with a proximal term that keeps the clients near the global model.
 
 Paper: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, https://arxiv.org/abs/1812.06127;
 Algorithm 2: client k minimises h_k(w; w^t) = F_k(w) + mu / 2 ||w - w^t||^2, inexactly.
 Personal: nothing.
 Evaluated: the global model.
 Deviations: the inexact minimiser is the protocol's local epochs, the same for all clients; there are no stragglers.
-Clients are sampled uniformly and weigh their samples, as in the paper's experiments (Section 5.1); Algorithm 2 samples
-them in proportion and takes the plain mean. The paper tunes mu for each data set, from 0.001 to 1; ours is what the
-authors' scripts use on their synthetic data.
+Clients are sampled uniformly and weighted by their samples, as in the paper's experiments (Section 5.1); Algorithm 2
+samples them in proportion and takes the plain mean. The paper tunes mu for each data set, from 0.001 to 1; our default
+is the value of the authors' scripts for synthetic data.
 """
 
-from dataclasses import dataclass
-
-from pflbench.core.algorithm import Message, State
-from pflbench.core.client import Local, proximal
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import Client, Message, State, proximal, register, setting
 
 from .fedavg import FedAvg
 
@@ -24,10 +19,8 @@ from .fedavg import FedAvg
 class FedProx(FedAvg):
     """FedAvg with a proximal term."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        mu: float = setting(1.0, "weight of the proximal term", ge=0)
+    mu: float = setting(1.0, "weight of the proximal term", ge=0)
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        model = local.sgd(down["model"], correct=proximal(down["model"], self.h.mu))
-        return Message({"model": model}, weight=local.n), state
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        model = client.sgd(received["model"], transform=proximal(received["model"], self.mu))
+        return Message({"model": model}, weight=client.n), state

@@ -8,12 +8,9 @@ Evaluated: the averaged body with the client's own head.
 Deviations: none. The body gets the protocol's local epochs; the paper's experiments use 10 for the head.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-from pflbench.core.algorithm import Message, State, merge
-from pflbench.core.client import Local
-from pflbench.core.registry import register
-from pflbench.settings import setting
+from pflbench.core import Client, Message, State, register, setting
 
 from .fedper import FedPer
 
@@ -22,12 +19,11 @@ from .fedper import FedPer
 class FedRep(FedPer):
     """FedPer with head and body trained in turn."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        head_epochs: int = setting(10, "epochs of the head, before the body's", ge=0)
+    head_epochs: int = setting(10, "epochs of the head, before the body's", ge=0)
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        model = merge(down["model"], state["model"])
-        model = local.sgd(model, epochs=self.h.head_epochs, only=self.is_personal, purpose="head")
-        model = local.sgd(model, only=self.is_shared)
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        model = {**received["model"], **state["model"]}
+        first = replace(client.protocol, epochs=self.head_epochs)
+        model = client.sgd(model, config=first, trainable=self.personal(model), stream="head")
+        model = client.sgd(model, trainable=self.shared(model))
         return Message({"model": self.shared(model)}), {"model": self.personal(model)}

@@ -6,12 +6,12 @@ global parameters together, by the loss of their composition; the server's avera
 samples, N_m / N.
 Personal: the body.
 Evaluated: the client's own body with the averaged head, the paper's local test.
-Deviations: the global model is the head alone; how many layers it has is a choice of each experiment. All clients begin
-with the same body; the authors' code begins with a model that FedAvg has trained, takes the plain mean, and in its
-command for CIFAR-10 shares the convolutions and keeps the linear layers, which is not what the paper describes.
+Deviations: our global model is the head alone; the paper chooses for each experiment how many layers it has. All
+clients start with the same body; the authors' code starts with a model that FedAvg has trained, takes the plain mean,
+and in its command for CIFAR-10 shares the convolutions and keeps the linear layers, which is not what the paper says.
 """
 
-from pflbench.core.registry import register
+from pflbench.core import Params, body, register
 
 from .fedavg import FedAvg
 
@@ -20,5 +20,5 @@ from .fedavg import FedAvg
 class LGFedAvg(FedAvg):
     """FedAvg over the head alone."""
 
-    def is_personal(self, name: str) -> bool:
-        return name.startswith("body.")
+    def personal(self, model: Params) -> Params:
+        return body(model)

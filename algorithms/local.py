@@ -7,29 +7,21 @@ Evaluated: the client's own model; before its first participation, the initial o
 
 from collections.abc import Sequence
 
-from pflbench.core.algorithm import Algorithm, Message, Params, State
-from pflbench.core.client import Local as Toolbox
-from pflbench.core.registry import register
+from pflbench.core import Algorithm, Client, Message, Params, Round, State, Upload, register
 
 
 @register("local")
-class Local(Algorithm):
+class LocalOnly(Algorithm):
     """Training without federation."""
 
-    def is_personal(self, name: str) -> bool:
-        return True
+    def personal(self, model: Params) -> Params:
+        return model
 
-    def local_update(self, local: Toolbox, down: Message, state: State) -> tuple[Message, State]:
-        return Message({}), {"model": local.sgd(state["model"])}
-
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
-        return server
-
-    def broadcast(self, server: State, client: int) -> Message:
+    def broadcast(self, round: Round, server: State, client: int) -> Message:
         return Message({})
 
-    def personalised(self, local: Toolbox, down: Message, state: State) -> Params:
-        return state["model"]
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
+        return Message({}), {"model": client.sgd(state["model"])}
 
-    def global_model(self, down: Message) -> None:
-        return None
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
+        return server

@@ -2,24 +2,25 @@
 
 Paper: Fallah, Mokhtari, Ozdaglar, "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
 Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948; Algorithm 1 (Per-FedAvg), which descends the
-mean of F_i(w) = f_i(w - alpha grad f_i(w)), in its two approximations: FO leaves out the Hessian, HF takes its product
-with a vector from the difference of two gradients. The batches of a step are independent; the server takes the plain
-mean. beta is the protocol's learning rate.
+mean of F_i(w) = f_i(w - alpha grad f_i(w)). Its gradient has the product of a Hessian with a vector: `exact` computes
+it by double backward; the paper's approximation `hf` takes the difference of two gradients, `fo` leaves the Hessian
+out. The batches of a step are independent; the server takes the plain mean. beta is the protocol's learning rate.
 Personal: nothing between rounds.
 Evaluated: the received model after one step alpha grad f_i, over all of the client's training data (with drop_last,
 less the last incomplete batch), in evaluation mode. The received model as it is, too, as the global one.
-Deviations: steps are counted in epochs: a batch serves one of the two (FO) or three (HF) gradients of one step. The
-Hessian itself is not computed; HF, the nearer to it, is the default. Its difference of gradients is always taken in the
-network's own precision: bf16 would round it away. alpha and delta have the values of public re-implementations.
+Deviations: steps are counted in epochs: a batch serves one of the two (fo) or three (hf, exact) gradients of one step.
+On a network of ReLUs the difference of gradients crosses kinks: at the default delta it missed the exact product by a
+median of 76 % over 12 draws. hf is the default all the same, because it is what the paper's experiments run; exact is
+for those who want the equation. Neither is computed in bf16, which would round the difference away. alpha and delta
+have the values of public re-implementations.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
-from pflbench.core.algorithm import Message, Params, State
-from pflbench.core.client import Batch, Local
-from pflbench.core.params import average
-from pflbench.core.registry import register
-from pflbench.settings import setting
+import torch
+from torch import Tensor
+
+from pflbench.core import Batch, Client, Message, Net, Params, State, average, cross_entropy, register, setting
 
 from .fedavg import FedAvg
 
@@ -28,33 +29,55 @@ from .fedavg import FedAvg
 class PerFedAvg(FedAvg):
     """Federated averaging of models that descend the loss after adaptation."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        variant: str = setting("hf", "hf: Hessian-free; fo: first-order", choices=("hf", "fo"))
-        alpha: float = setting(0.01, "learning rate of the adaptation", ge=0)
-        delta: float = setting(0.001, "hf: step of the difference of gradients, in both directions", gt=0)
+    variant: str = setting(
+        "hf", "hf: Hessian-free; fo: first-order; exact: with the Hessian", choices=("hf", "fo", "exact")
+    )
+    alpha: float = setting(0.01, "learning rate of the adaptation", ge=0)
+    delta: float = setting(0.001, "hf: step of the difference of gradients, in both directions", gt=0)
 
-    def local_update(self, local: Local, down: Message, state: State) -> tuple[Message, State]:
-        alpha, delta = self.h.alpha, self.h.delta
-
+    def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
         def direction(w: Params, first: Batch, second: Batch, *third: Batch) -> Params:
-            adapted = move(w, local.grad(w, *first), -alpha)
-            meta = local.grad(adapted, *second)
+            adapted = move(w, client.grad(w, first, train_mode=True), -self.alpha)
+            meta = client.grad(adapted, second, train_mode=True)
             if not third:
                 return meta
-            ahead, behind = (local.grad(move(w, meta, by), *third[0], exact=True) for by in (delta, -delta))
-            hessian_meta = {name: (ahead[name] - behind[name]) / (2 * delta) for name in meta}
-            return move(meta, hessian_meta, -alpha)
+            product = self.exact_product if self.variant == "exact" else self.difference
+            return move(meta, product(client, w, meta, third[0]), -self.alpha)
 
-        model = local.descend(down["model"], direction, batches=2 if self.h.variant == "fo" else 3)
-        return Message({"model": model}), {"model": {}}
+        model = client.descend(received["model"], direction, batches=2 if self.variant == "fo" else 3)
+        return Message({"model": model}), state
 
-    def personalised(self, local: Local, down: Message, state: State) -> Params:
-        batches = list(local.batches(purpose="adapt"))
-        grads = (local.grad(down["model"], *batch) for batch in batches)
-        return move(down["model"], average(grads, [len(y) for _, y in batches]), -self.h.alpha)
+    def difference(self, client: Client, w: Params, vector: Params, batch: Batch) -> Params:
+        """Return the Hessian of the loss at `w` times `vector`, from two gradients along it."""
+        ahead, behind = (
+            client.grad(move(w, vector, by), batch, train_mode=True, exact=True) for by in (self.delta, -self.delta)
+        )
+        return {name: (ahead[name] - behind[name]) / (2 * self.delta) for name in vector}
+
+    def exact_product(self, client: Client, w: Params, vector: Params, batch: Batch) -> Params:
+        """Return the Hessian of the loss at `w` times `vector`: the gradient of the slope along `vector`."""
+
+        def slope(net: Net, batch: Batch) -> Tensor:
+            named = dict(net.named_parameters())
+            grads = torch.autograd.grad(
+                cross_entropy(net, batch),
+                list(named.values()),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            return torch.stack([(g * vector[name]).sum() for name, g in zip(named, grads, strict=True)]).sum()
+
+        # No loss of training: the batch is of another stream.
+        return client.grad(w, replace(batch, stream="hessian"), loss=slope, train_mode=True, exact=True)
+
+    def personalise(self, client: Client, received: Message, state: State) -> State:
+        batches = list(client.batches(stream="adapt"))
+        grads = (client.grad(received["model"], batch) for batch in batches)
+        mean = average(grads, [len(batch) for batch in batches])
+        return {"model": move(received["model"], mean, -self.alpha)}
 
 
 def move(at: Params, along: Params, by: float) -> Params:
-    """Return `at` + `by` `along`; what `along` has not stays."""
-    return at | {name: at[name].add(t, alpha=by) for name, t in along.items()}
+    """Return `at` + `by` `along`; parameters that are not in `along` stay."""
+    return {**at, **{name: at[name].add(t, alpha=by) for name, t in along.items()}}

@@ -5,12 +5,13 @@ import http.client
 import socket
 import sys
 import tarfile
-import tempfile
 import threading
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from pflbench import files
 
 PROBE_SECONDS = 5.0
 READ_SECONDS = 30.0
@@ -50,23 +51,13 @@ def fetch(source: Callable[..., object], url: str, data_dir: Path, folder: str) 
     """
     probe(url)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
+        with files.scratch(data_dir / folder) as scratch:
             # torchvision prints to stdout in some versions; stdout belongs to our own tables.
             with _socket_timeout(READ_SECONDS), contextlib.redirect_stdout(sys.stderr):
-                source(root=scratch, download=True)
-            _move(Path(scratch) / folder, data_dir / folder)
+                source(root=str(scratch), download=True)
+            files.place(scratch / folder, data_dir / folder)
     except _FAILURES as error:
         raise DownloadError(_reason(error)) from error
-
-
-def _move(made: Path, target: Path) -> None:
-    try:
-        made.rename(target)
-    except OSError:
-        # Another process was faster; its copy passed the same checks as ours.
-        if not target.is_dir():
-            raise
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pflbench import files
 from pflbench.errors import UsageError
 
 from .dataset import Dataset
@@ -75,9 +75,8 @@ def _write(
     cache: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], n_train: int, classes: tuple[str, ...]
 ) -> None:
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".writing-") as scratch:
-            made = Path(scratch) / cache.name
+        with files.scratch(cache) as folder:
+            made = folder / cache.name
             np.savez(made, images=images, labels=labels, n_train=np.int64(n_train), classes=np.array(classes))
             made.replace(cache)
     except OSError as error:

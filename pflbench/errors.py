@@ -16,8 +16,12 @@ class UsageError(PflbenchError):
     exit_code = 2
 
 
+class MethodError(PflbenchError):
+    """A method's code breaks the contract: it asks for a part that is missing, or returns what cannot be used."""
+
+
 class RunError(PflbenchError):
-    """A run that had begun cannot go on: a worker died, the record is locked by another process."""
+    """A run that had begun cannot continue: a worker died, or another process holds the record."""
 
 
 class RunBusy(RunError):  # noqa: N818

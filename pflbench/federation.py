@@ -92,25 +92,17 @@ class Federation:
         """
         if not clients:
             raise UsageError("from_arrays: there is no client; give at least one")
-        made = []
-        for i, arrays in enumerate(clients):
-            if len(arrays) != 4:
-                raise UsageError(
-                    f"from_arrays: client {i} has {len(arrays)} arrays; give x_train, y_train, x_test, y_test"
-                )
-            x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
-            for x, y, part in ((x_train, y_train, "training"), (x_test, y_test, "test")):
-                if y.dim() != 1:
-                    raise UsageError(
-                        f"from_arrays: client {i} has {part} labels of shape {tuple(y.shape)}; give one each"
-                    )
-                if len(x) != len(y) or len(y) == 0:
-                    raise UsageError(f"from_arrays: client {i} has {len(x)} {part} samples and {len(y)} labels")
-            made.append(ClientData(Split(x_train, y_train.long()), Split(x_test, y_test.long())))
+        made = [_client(i, arrays) for i, arrays in enumerate(clients)]
         splits = [s for c in made for s in (c.train, c.test)]
         shapes = {tuple(s.x.shape[1:]) for s in splits}
         if len(shapes) > 1:
             raise UsageError(f"from_arrays: the samples have different shapes: {sorted(shapes)}")
+        (shape,) = shapes
+        if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4):
+            raise UsageError(
+                f"from_arrays: samples of shape {shape} look like images [height, width, channels]; give them as "
+                "[channels, height, width], for example x.transpose(0, 3, 1, 2)"
+            )
         top = max(int(s.y.max()) for s in splits) + 1
         if min(int(s.y.min()) for s in splits) < 0 or (classes is not None and classes < top):
             raise UsageError(f"from_arrays: labels must be 0 to {(classes or top) - 1}")
@@ -119,3 +111,20 @@ class Federation:
             digest.update(f"{s.x.dtype} {tuple(s.x.shape)}".encode())
             digest.update(s.x.contiguous().numpy().tobytes() + s.y.numpy().tobytes())
         return cls(name, tuple(made), classes or top, {"data": digest.hexdigest()})
+
+
+def _client(number: int, arrays: tuple[Any, Any, Any, Any]) -> ClientData:
+    """Return a client's samples, checked."""
+    if len(arrays) != 4:
+        raise UsageError(
+            f"from_arrays: client {number} has {len(arrays)} arrays; give x_train, y_train, x_test, y_test"
+        )
+    x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
+    for x, y, part in ((x_train, y_train, "training"), (x_test, y_test, "test")):
+        if y.dim() != 1:
+            raise UsageError(f"from_arrays: client {number} has {part} labels of shape {tuple(y.shape)}; give one each")
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise UsageError(f"from_arrays: client {number} has {part} labels of type {y.dtype}; give integers")
+        if len(x) != len(y) or len(y) == 0:
+            raise UsageError(f"from_arrays: client {number} has {len(x)} {part} samples and {len(y)} labels")
+    return ClientData(Split(x_train, y_train.long()), Split(x_test, y_test.long()))

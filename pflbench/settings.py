@@ -1,16 +1,18 @@
 """Settings that are declared once: a dataclass field with a default, a meaning and bounds.
 
-`RunSpec` and every method's `Hyper` are such dataclasses. The command line, configuration files, `pflbench describe`
-and the error messages are all made from the fields.
+`RunSpec` and every method are such dataclasses. The command line, configuration files, `pflbench describe` and the
+error messages are all made from the fields.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pflbench.errors import UsageError, unknown
@@ -28,10 +30,15 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     choices: Iterable[str] | None = None,
+    later: bool = False,
 ) -> Any:
-    """Return a dataclass field: `doc` says what it means; `ge`, `gt`, `le` and `choices` are its bounds."""
+    """Return a dataclass field: `doc` says what it means; `ge`, `gt`, `le` and `choices` are its bounds.
+
+    A setting that is added `later`, when runs without it are recorded already, does not change their ids: it is part of
+    a run's id only where it has another value than its default.
+    """
     bounds = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices is not None else None}
-    return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
+    return dataclasses.field(default=default, metadata={"doc": doc, "later": later, **bounds})
 
 
 def fields(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
@@ -41,11 +48,17 @@ def fields(cls: type) -> dict[str, "dataclasses.Field[Any]"]:
 
 def kind(cls: type, name: str) -> tuple[type, bool]:
     """Return the type of setting `name` of `cls`, and whether it may be None."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints(cls)[name]
     if isinstance(hint, types.UnionType):
         (hint,) = [a for a in typing.get_args(hint) if a is not types.NoneType]
         return hint, True
     return hint, False
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of the fields of `cls`. Kept, because reading them takes longer than the rest of a check."""
+    return typing.get_type_hints(cls)
 
 
 def bounds(field: "dataclasses.Field[Any]") -> str:
@@ -79,6 +92,21 @@ def check(settings: Any) -> None:
             raise UsageError(f"{name}: {reprlib.repr(value)} is out of bounds; it must be {bounds(field)}")
         if wanted in _LARGEST and abs(value) > _LARGEST[wanted]:
             raise UsageError(f"{name}: {reprlib.repr(value)} is out of bounds; it must be <= {_LARGEST[wanted]}")
+
+
+def normalise(settings: Any) -> None:
+    """Check the settings of a frozen dataclass, and make its numbers of one type: 1 and 1.0 are one run."""
+    check(settings)
+    for name in fields(type(settings)):
+        value = getattr(settings, name)
+        if kind(type(settings), name)[0] is float and value is not None:
+            object.__setattr__(settings, name, float(value))
+
+
+def identity(values: Mapping[str, Any], known: "Mapping[str, dataclasses.Field[Any]]") -> dict[str, Any]:
+    """Return the settings that make a run's id: all but those that were added later and have their default."""
+    later = {name: field.default for name, field in known.items() if field.metadata["later"]}
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def parse(cls: type, name: str, value: Any) -> Any:
@@ -117,3 +145,23 @@ def build(cls: type[T], values: Mapping[str, Any], noun: str) -> T:
     settings = cls(**{name: parse(cls, name, value) for name, value in values.items()})
     check(settings)
     return settings
+
+
+def underscored(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return the tables of file `where` with underscores for the hyphens in their names, at every depth.
+
+    Raises `UsageError` when a table has a name in both spellings: one of the two values would be lost.
+    """
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, dict):
+            return underscored(value, where)
+        return [inner(part) for part in value] if isinstance(value, list) else value
+
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        key = name.replace("-", "_")
+        if key in out:
+            raise UsageError(f"{where}: {name!r} is set twice, with a hyphen and an underscore; leave one out")
+        out[key] = inner(value)
+    return out

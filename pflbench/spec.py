@@ -75,11 +75,7 @@ class RunSpec:
     order_seed: int | None = setting(None, "seed of the batch order alone (seed)", ge=0)
 
     def __post_init__(self) -> None:
-        settings.check(self)
-        for name in settings.fields(type(self)):
-            value = getattr(self, name)
-            if settings.kind(type(self), name)[0] is float and value is not None:
-                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one run
+        settings.normalise(self)
         if self.joining < 1:
             raise UsageError(
                 f"join_ratio: {self.join_ratio} of {self.clients} clients leaves no client; "
@@ -144,8 +140,13 @@ class RunSpec:
         hyperparameters = dict(values.get("hyperparameters", {}))
         return dataclasses.replace(settings.build(cls, rest, "setting"), hyperparameters=hyperparameters)
 
-    @property
-    def id(self) -> str:
-        """First 12 hex digits of the SHA-256 of the settings: the name of the run's folder."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+    def run_id(self, known: "Mapping[str, dataclasses.Field[Any]]") -> str:
+        """Return the id of the resolved run: the first 12 hex digits of the SHA-256 of its settings.
+
+        `known` has the hyperparameters of its method, as `pflbench.settings.fields` returns them.
+        """
+        own = settings.fields(type(self))
+        values = settings.identity({name: getattr(self, name) for name in own}, own)
+        values["hyperparameters"] = settings.identity(self.hyperparameters, known)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -6,7 +6,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .frames import METRICS, SELECTIONS, Runs, client_scores, export, load, scores
+    from pflbench.store.schema import METRICS
+
+    from .frames import SELECTIONS, Runs, client_scores, export, load, scores
 
 __all__ = ["METRICS", "SELECTIONS", "Runs", "client_scores", "export", "load", "scores"]
 

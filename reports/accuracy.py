@@ -1,23 +1,19 @@
-"""The tables of a report, as values, and as Markdown, LaTeX, CSV and for the terminal."""
+"""The tables of a report, as values: cells, marks, and wins and losses. `render` writes them as text."""
 
-import csv
 import dataclasses
-import io
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pflbench.spec import RunSpec
+from pflbench.store.schema import SEEDS
 
 from . import stats
-from .frames import COLUMNS, METRICS, SEEDS, SELECTIONS, Runs, client_scores, scores
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from .frames import COLUMNS, Runs, client_scores, in_order, scores, titles
 
 _PER_CLIENT = {"accuracy": "accuracy", "accuracy_mean": "accuracy", "global_accuracy": "global_accuracy"}
 """Metrics that are means over clients, and the client's value: these can be compared client by client."""
@@ -44,13 +40,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class AccuracyTable:
-    """Methods x settings of one protocol. `columns` has the label (dataset, partition) of each setting by number."""
+    """Methods x settings of one protocol.
+
+    `columns` has the label (dataset, partition) of each setting by number, `algos` the id of each method in `rows`.
+    """
 
     protocol: int
     title: str
     metric: str
     selection: str
     rows: list[str]
+    algos: dict[str, str]
     columns: dict[int, tuple[str, str]]
     cells: dict[tuple[str, int], Cell]
     notes: list[str]
@@ -104,10 +104,11 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
                 cells[str(method), int(str(setting))] = Cell(
                     float(found.mean()), std, stats.interval(found), tuple(map(str, found.index))
                 )
-        rows = sorted(group["method"].unique())
-        notes = [*_mark(cells, columns, metric, tests), *_seeds(cells)]
+        rows = in_order(group["method"].unique())
+        algos = dict(zip(group["method"], group["algo"], strict=True))
+        notes = [*_mark(cells, columns, metric, tests), *_seeds(cells), *_sources(runs, algos)]
         title = describe(settings[settings["protocol"] == protocol].iloc[0])
-        out.append(AccuracyTable(int(str(protocol)), title, metric, selection, rows, columns, cells, notes))
+        out.append(AccuracyTable(int(str(protocol)), title, metric, selection, rows, algos, columns, cells, notes))
     return out
 
 
@@ -117,7 +118,7 @@ def best_of(metric: str, values: Mapping[str, float]) -> str:
 
 
 def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric: str, tests: Comparisons) -> list[str]:
-    """Mark the best of each column and what is not significantly worse; return what to say of that."""
+    """Mark the best method of each column, and those not significantly worse; return the notes on the marks."""
     untested = False
     for setting in columns:
         own = {method: cell.mean for (method, s), cell in cells.items() if s == setting}
@@ -134,29 +135,51 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
             if p >= stats.LEVEL:
                 cells[method, setting] = dataclasses.replace(cells[method, setting], mark="close")
     if not tests.possible:
-        return ["Bold: the best. This metric is one number for all clients, so nothing is compared client by client."]
+        return [
+            "The best method of a column is bold. The metric is one number for all clients, so no test compares the "
+            "methods client by client."
+        ]
     out = [
-        "Bold: the best. Underlined: not significantly worse than it: Wilcoxon's signed-rank test, one-sided at 5 %, "
-        "of the clients' accuracies, paired over seeds and clients, with Holm's correction over the methods of a "
-        "column. Clients of one run are not independent of each other: take the marks as indications."
+        "The best method of a column is bold. Methods that are not significantly worse are underlined. The test is "
+        "Wilcoxon's signed-rank test, one-sided at 5 %, of the clients' accuracies, paired over seeds and clients, "
+        "with Holm's correction over the methods of a column. Clients of one run are not independent of each other, so "
+        "the marks are indications."
     ]
     if untested:
-        out.append(f"Fewer than {stats.FEWEST_PAIRS} pairs differ somewhere: there nothing is marked but the best.")
+        out.append(
+            f"Some methods differ from the best method in fewer than {stats.FEWEST_PAIRS} pairs. They are not tested, "
+            "and not underlined."
+        )
     return out
 
 
 def _seeds(cells: Mapping[tuple[str, int], Cell]) -> list[str]:
     counts = sorted({len(cell.runs) for cell in cells.values()})
     if counts == [1]:
-        return ["One seed: there is no standard deviation, and differences may be chance."]
-    out = [f"± standard deviation over seeds; {' to '.join(map(str, sorted({counts[0], counts[-1]})))} seeds a cell."]
+        return ["Each cell is one seed: it has no standard deviation, and differences may be chance."]
+    between = " to ".join(map(str, sorted({counts[0], counts[-1]})))
+    out = [f"± is the standard deviation over seeds. Each cell has {between} seeds."]
     if counts[0] < stats.FEWEST_SEEDS:
-        out.append(f"Confidence intervals are given for {stats.FEWEST_SEEDS} seeds or more.")
+        out.append(f"Cells of {stats.FEWEST_SEEDS} seeds or more have a confidence interval.")
     return out
 
 
+def _sources(runs: Runs, algos: Mapping[str, str]) -> list[str]:
+    """Return a note on the methods, of those in `algos`, whose runs have different sources."""
+    count = runs.runs.groupby("algo")["algorithm_fingerprint"].nunique()
+    mixed = [algo for algo in {*algos.values()} if count[algo] > 1]
+    if not mixed:
+        return []
+    title = titles(runs.runs["algo"].unique())
+    names = ", ".join(in_order(title[algo] for algo in mixed))
+    return [
+        f"Runs of {names} have different sources: the code of the method or of pflbench changed between them. Each "
+        "source has a row of its own, with the first six digits of its fingerprint. Nothing is averaged over sources."
+    ]
+
+
 def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
-    """Return (dataset, partition) of each setting, with as much detail as tells them apart."""
+    """Return (dataset, partition) of each setting, with the details that tell the settings apart."""
     data = runs.runs.groupby("setting")["data_fingerprint"].first()
 
     def label(row: "pd.Series[Any]") -> tuple[str, str]:
@@ -167,7 +190,7 @@ def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
         plain = RunSpec(partition=row["partition"]).normalised().balanced
         if row["partition"] in ("dirichlet", "iid", "pathological") and bool(row["balanced"]) != bool(plain):
             kind += ", balanced" if row["balanced"] else ", unbalanced"
-        return str(row["dataset"]).partition("@")[0], kind  # the hash says what `data` says
+        return str(row["dataset"]).partition("@")[0], kind  # what follows is a hash, as `data` is
 
     found = {int(str(number)): label(row) for number, row in settings.iterrows()}
     for detail in ("min_samples", "data"):
@@ -180,7 +203,7 @@ def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
 
 
 def describe(row: "pd.Series[Any]") -> str:
-    """Return a protocol in words: its main settings, and the others that are not pflbench's defaults."""
+    """Return a protocol in words: its main settings, and all others that differ from pflbench's defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(RunSpec)}
     names = [n for n in row.index if n in defaults and n not in COLUMNS and n != "algo"]
     shown = [n for n in names if n in _ALWAYS or not (row[n] == defaults[n] or pd.isna(row[n]))]
@@ -193,107 +216,6 @@ def _order(name: str) -> int:
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def heading(table: AccuracyTable) -> str:
-    """Return what the numbers of a table are."""
-    text = f"{METRICS[table.metric]}; {SELECTIONS[table.selection]}; in percent"
-    return text[0].upper() + text[1:]
-
-
-def markdown(table: AccuracyTable) -> str:
-    """Return the table as Markdown."""
-
-    def cell(found: Cell | None) -> str:
-        if found is None:
-            return "missing"
-        return {"best": "**{}**", "close": "<u>{}</u>", "": "{}"}[found.mark].format(found.text())
-
-    head = ["method", *(f"{dataset}, {kind}" for dataset, kind in table.columns.values())]
-    lines = [head, ["---", *("---:" for _ in table.columns)]]
-    lines += [[method, *map(cell, table.row(method))] for method in table.rows]
-    text = "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in lines)
-    notes = "".join(f"- {note}\n" for note in table.notes)
-    return f"{heading(table)}. Protocol: {table.title}.\n\n{text}\n\n{notes}"
-
-
-_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$"} | {
-    char: "\\" + char for char in "&%$#_{}"
-}
-
-
-def tex(text: str) -> str:
-    """Return `text` with what LaTeX would read otherwise escaped."""
-    return "".join(_TEX.get(char, char) for char in text)
-
-
-def latex(table: AccuracyTable) -> str:
-    """Return the table as LaTeX, for a document with `booktabs`."""
-
-    def cell(found: Cell | None) -> str:
-        if found is None:
-            return "--"
-        number = found.text().replace(" ± ", r"\,$\pm$\,")
-        return {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "": "{}"}[found.mark].format(number)
-
-    groups = [(name, len(list(found))) for name, found in itertools.groupby(d for d, _ in table.columns.values())]
-    top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(name)}}}" for name, n in groups)
-    ends = list(itertools.accumulate((n for _, n in groups), initial=1))
-    rules = " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in itertools.pairwise(ends))
-    body = "\n".join(rf"  {tex(m)} & {' & '.join(map(cell, table.row(m)))} \\" for m in table.rows)
-    notes = "".join(f"% {line}\n" for line in (f"{heading(table)}. Protocol: {table.title}.", *table.notes))
-    return rf"""{notes.replace("±", "+-").replace("α", "alpha")}\begin{{tabular}}{{l{"r" * len(table.columns)}}}
-  \toprule
-  & {top} \\
-  {rules}
-  method & {" & ".join(tex(kind) for _, kind in table.columns.values())} \\
-  \midrule
-{body}
-  \bottomrule
-\end{{tabular}}
-"""
-
-
-def rows(table: AccuracyTable) -> Iterator[dict[str, Any]]:
-    """Yield a dict for each cell, also for the missing ones."""
-    for method in table.rows:
-        for (dataset, kind), cell in zip(table.columns.values(), table.row(method), strict=True):
-            found = cell or Cell(np.nan, None, None, ())
-            low, high = found.interval or (None, None)
-            yield {
-                "protocol": table.title, "dataset": dataset, "partition": kind, "method": method,
-                "metric": table.metric, "selection": table.selection, "mean": None if cell is None else found.mean,
-                "std": found.std, "ci95_low": low, "ci95_high": high, "seeds": len(found.runs), "mark": found.mark,
-                "runs": " ".join(found.runs),
-            }  # fmt: skip
-
-
-def csv_text(tables: list[AccuracyTable]) -> str:
-    """Return all tables as one CSV, a row per cell. Fractions, and the ids of the runs."""
-    lines = [row for table in tables for row in rows(table)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
-
-
-def terminal(table: AccuracyTable) -> "RichTable":
-    """Return the table for a terminal."""
-    import rich.box
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table(title=heading(table), caption=table.title, box=rich.box.SIMPLE_HEAD)
-    out.title_justify = out.caption_justify = "left"
-    out.add_column("method", no_wrap=True)
-    for dataset, kind in table.columns.values():
-        out.add_column(f"{dataset}\n{kind}", justify="right", no_wrap=True)
-    for method in table.rows:
-        styles = {"best": "bold", "close": "underline", "": ""}
-        cells = [Text("missing", "dim") if c is None else Text(c.text(), styles[c.mark]) for c in table.row(method)]
-        out.add_row(Text(method), *cells)
-    return out
 
 
 @dataclass(frozen=True)
@@ -310,9 +232,9 @@ class Duels:
 
 
 def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
-    """Return the matrix, or why there is none. A win or loss is a difference that Wilcoxon's test, at 5 %, finds."""
+    """Return the matrix, or why there is none. A win or a loss is a difference that is significant at 5 %."""
     if not tests.possible:
-        return "Wins and losses need a metric that every client has."
+        return "Wins and losses need a metric that each client has."
     counts: dict[tuple[str, str], list[int]] = {}
     for setting in table.columns:
         for a, b in itertools.permutations(table.rows, 2):
@@ -321,5 +243,5 @@ def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
                 place = 0 if better < stats.LEVEL / 2 else 2 if worse < stats.LEVEL / 2 else 1
                 counts.setdefault((a, b), [0, 0, 0])[place] += 1
     if not counts:
-        return "No two methods have runs of the same seeds in one setting, so there is nothing to compare in pairs."
+        return "No two methods have runs of the same seeds in one setting, so no runs can be compared in pairs."
     return Duels(table.rows, {pair: (w, t, lost) for pair, (w, t, lost) in counts.items()})

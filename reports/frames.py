@@ -1,4 +1,4 @@
-"""Records on disk as tidy tables. What cannot be used is named, with the reason, and left out."""
+"""Records on disk as tidy tables. A record that cannot be used is left out, and named with the reason."""
 
 import json
 from collections import Counter
@@ -9,30 +9,21 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pflbench.core import registry
 from pflbench.errors import UsageError, unknown
+from pflbench.store import schema
+from pflbench.store.schema import METRICS, SEEDS, Contents, RecordError
 
-SCHEMA = 1
-METRICS = {
-    "accuracy": "accuracy, weighted by test samples",
-    "accuracy_mean": "accuracy, plain mean of the clients",
-    "accuracy_worst10": "accuracy of the worst 10 % of the clients",
-    "accuracy_std": "standard deviation of accuracy over the clients",
-    "global_accuracy": "accuracy of the global model, weighted by test samples",
-}
 SELECTIONS = {
     "last": "after the last round",
     "last5": "mean of the last five evaluations",
     "best-test": "best round on the TEST data: an optimistic number, no fair comparison",
 }
-SEEDS = ("seed", "partition_seed", "init_seed", "sampling_seed", "order_seed")
 COLUMNS = ("dataset", "partition", "alpha", "classes_per_client", "balanced", "min_samples")
 """Settings that a table shows as columns: runs that differ in them are of one protocol."""
-_CLIENTS = pa.schema(
-    [(name, pa.int32()) for name in ("round", "client", "n")]
-    + [(name, pa.float64()) for name in ("accuracy", "global_accuracy")]
-)
+COSTS = ("bytes_up", "bytes_down", "seconds", "evaluation_seconds")
+TABLES = ("runs", "rounds", "evaluations", "clients")
 _NO_FOLDERS = ("tensorboard",)  # what pflbench itself puts beside the runs
 
 
@@ -40,22 +31,25 @@ _NO_FOLDERS = ("tensorboard",)  # what pflbench itself puts beside the runs
 class Runs:
     """Finished runs, as tidy tables.
 
-    `runs` has a row per run: `run` (its id), every setting of its spec, `method` (its name, with the hyperparameters
-    that differ among the runs of that method), `protocol` and `setting` (numbers), fingerprints and versions, the costs
-    in all (`bytes_up`, `bytes_down`, `seconds`), and `path`. Runs of one `setting` differ in method, hyperparameters
-    and seeds only; settings of one `protocol` differ in dataset and partition.
-    `rounds` has a row per round, `clients` one per client and evaluation; both name the `run`. Accuracies are
-    fractions.
-    `left_out` has `path` and `reason` of what was found and not used.
+    `runs` has a row per run: `run` (its id), the `schema` of its record, every setting of its spec (`algo` is the
+    method's id), `method` (the paper's name of the method, with its source and those hyperparameters in which runs of
+    the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the costs in all (`COSTS`), and
+    `path`. Runs of one `setting` differ in method, hyperparameters and seeds only; settings of one `protocol` differ in
+    dataset and partition.
+    `rounds` has a row per round of training, `evaluations` one per evaluation, `clients` one per client and evaluation;
+    all name the `run`. Accuracies are fractions. `seconds` are of training in `runs` and `rounds`; in records of schema
+    1 they contain the evaluations, whose own seconds are unknown (NaN).
+    `left_out` has `path` and `reason` of each record that was found and not used.
     """
 
     runs: pd.DataFrame
     rounds: pd.DataFrame
+    evaluations: pd.DataFrame
     clients: pd.DataFrame
     left_out: pd.DataFrame
 
     def settings(self) -> "pd.DataFrame":
-        """Return a row for each setting, the index its number: the settings of its runs, without what they vary in."""
+        """Return a row for each setting, the index its number: what the runs of the setting have in common."""
         return (
             self.runs.drop(columns=["method", *_no_setting(self.runs)])
             .drop_duplicates("setting")
@@ -67,34 +61,40 @@ class Runs:
 def load(*paths: Path | str) -> Runs:
     """Return the records in `paths`: run folders, or folders of them.
 
-    Raises `UsageError` when a path is not there.
+    Two records of the same run are one run, unless they have different sources: then the second gets the first six
+    digits of its source's fingerprint behind its id, and both are used.
+    Raises `UsageError` when a path does not exist.
     """
-    found: dict[str, _Read] = {}
+    found: dict[str, tuple[Path, Contents]] = {}
     left_out: list[tuple[str, str]] = []
     for path in _folders(paths):
         try:
-            read = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            left_out.append((str(path), text if isinstance(error, _LeftOutError) else f"cannot be read: {text}"))
+            contents = _finished(path)
+        except RecordError as error:
+            left_out.append((str(path), error.reason))
             continue
-        run = read[0]["run"]
-        if run in found:
-            left_out.append((str(path), f"the same run as {found[run][0]['path']}"))
+        except _LeftOutError as error:
+            left_out.append((str(path), str(error)))
+            continue
+        name = _name(contents, found)
+        if name in found:
+            left_out.append((str(path), f"the same run as {found[name][0]}"))
         else:
-            found[run] = read
-    for name, where, reason in _of_other_sources([run for run, _, _ in found.values()]):
-        del found[name]
-        left_out.append((where, reason))
-    table = pd.DataFrame([run for run, _, _ in found.values()])
-    # One frame out of many lists, since a frame for each run would take longer than all the reading.
-    rounds = pd.DataFrame([{**row, "run": run} for run, (_, rows, _) in found.items() for row in rows])
-    clients = pa.concat_tables([tested for _, _, tested in found.values()]).to_pandas() if found else pd.DataFrame()
-    if found:
-        clients["run"] = [run for run, (_, _, tested) in found.items() for _ in range(len(tested))]
+            found[name] = path, contents
+    table = pd.DataFrame([_row(name, path, contents) for name, (path, contents) in found.items()])
+    # Each table is one frame made of many lists: a frame for each run would take longer than reading all records.
+    rounds = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.rounds]
+    evaluations = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.evaluations]
+    none = schema.table([], schema.CLIENTS)
+    clients = pa.concat_tables([none, *(contents.clients for _, contents in found.values())]).to_pandas()
+    clients["run"] = [name for name, (_, contents) in found.items() for _ in range(len(contents.clients))]
     return Runs(
         _with_settings(table) if len(table) else table,
-        rounds,
+        pd.DataFrame(rounds, columns=["run", *schema.ROUND]),
+        pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION]).astype(
+            # Unknown values must not turn a column into one of objects.
+            dict.fromkeys((*METRICS, "test_loss", *schema.TIMES), float) | dict.fromkeys(schema.PASSES, "Int64")
+        ),
         clients,
         pd.DataFrame(left_out, columns=["path", "reason"]),
     )
@@ -106,8 +106,7 @@ def scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> "pd
     Raises `UsageError` for an unknown name.
     """
     _check(metric, selection)
-    chosen = _selected(runs.rounds, runs.rounds.dropna(subset=["accuracy"]), selection)
-    return chosen.groupby("run")[metric].mean().astype(float)
+    return _selected(runs, runs.evaluations, selection).groupby("run")[metric].mean()
 
 
 def client_scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> pd.DataFrame:
@@ -116,8 +115,20 @@ def client_scores(runs: Runs, metric: str = "accuracy", selection: str = "last")
     Raises `UsageError` for an unknown name.
     """
     _check(metric, selection)
-    chosen = _selected(runs.rounds, runs.clients, selection)
+    chosen = _selected(runs, runs.clients, selection)
     return chosen.pivot_table(index="run", columns="client", values=metric, aggfunc="mean", dropna=False)
+
+
+def titles(algos: Iterable[str]) -> dict[str, str]:
+    """Return the paper's name of each method by its id. Where two methods share a name, the id stands behind it."""
+    found = {algo: registry.title(algo) for algo in algos}
+    count = Counter(found.values())
+    return {algo: title if count[title] == 1 else f"{title} ({algo})" for algo, title in found.items()}
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Return the names of methods in the order in which tables and plots show them: by the alphabet."""
+    return sorted(methods, key=lambda method: (method.casefold(), method))
 
 
 def export(runs: Runs, out: Path, kind: str) -> list[Path]:
@@ -131,7 +142,7 @@ def export(runs: Runs, out: Path, kind: str) -> list[Path]:
         raise UsageError("runs: there is no finished run to export; run `pflbench sweep quick` first")
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for name in ("runs", "rounds", "clients"):
+    for name in TABLES:
         table: pd.DataFrame = getattr(runs, name)
         lists = [column for column in ("hyperparameters", "participants") if column in table]
         plain = table.assign(**{column: table[column].map(json.dumps) for column in lists})
@@ -150,94 +161,78 @@ def _check(metric: str, selection: str) -> None:
         raise unknown("selection", selection, SELECTIONS)
 
 
-def _selected(rounds: pd.DataFrame, rows: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Return those of `rows` whose rounds the rule `selection` selects."""
-    tested = rounds.dropna(subset=["accuracy"]).sort_values(["run", "round"])
-    groups = tested.groupby("run")
+def _selected(runs: Runs, rows: pd.DataFrame, selection: str) -> pd.DataFrame:
+    """Return those of `rows` whose evaluations the rule `selection` selects."""
+    evaluations = runs.evaluations.sort_values(["run", "round"])
+    groups = evaluations.groupby("run")
     if selection == "best-test":
-        kept = tested.loc[groups["accuracy"].idxmax()]
+        chosen = evaluations.loc[groups["accuracy"].idxmax()]
     else:
-        kept = groups.tail(1 if selection == "last" else 5)
-    return rows.merge(kept[["run", "round"]], on=["run", "round"])
-
-
-class _LeftOutError(ValueError):
-    """Why a record that can be read is not used."""
+        chosen = groups.tail(1 if selection == "last" else 5)
+    return rows.merge(chosen[["run", "round"]], on=["run", "round"])
 
 
 def _folders(paths: Iterable[Path | str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UsageError(f"runs: {path} is not there; `pflbench run` and `pflbench sweep` write records")
+            raise UsageError(f"runs: {path} does not exist; `pflbench run` and `pflbench sweep` write records")
         inside = [path] if (path / "run.json").exists() or not path.is_dir() else sorted(path.iterdir())
         found += [p for p in inside if not p.name.startswith(".") and p.name not in _NO_FOLDERS]
     return found
 
 
-_Read = tuple[dict[str, Any], list[dict[str, Any]], pa.Table]
+class _LeftOutError(Exception):
+    """Why a folder, or a record that can be read, is not used."""
 
 
-def _read(path: Path) -> _Read:
+def _finished(path: Path) -> Contents:
+    """Return what the record in folder `path` holds. Raises `RecordError` or `_LeftOutError` when it is not used."""
     if path.suffix == ".partial":
-        raise _LeftOutError("unfinished; `pflbench run --resume`, or its sweep, goes on with it")
+        raise _LeftOutError("unfinished; `pflbench run --resume`, or its sweep, continues it")
     if path.suffix == ".old":
-        raise _LeftOutError("left behind when the run was computed anew; it can be deleted")
+        raise _LeftOutError("replaced by a newer record of the same run; you can delete it")
     if not (path / "run.json").is_file():
         raise _LeftOutError("not a record: it has no run.json")
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    if run["schema"] != SCHEMA:
-        raise _LeftOutError(f"its record schema is {run['schema']}, not {SCHEMA}")
-    if run["status"] != "finished":
-        raise _LeftOutError(f"{run['status']}: {run['reason']}")
-    lines = (path / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    clients = pq.ParquetFile(path / "clients.parquet").read(_CLIENTS.names).cast(_CLIENTS)
-    tested = sum("accuracy" in row for row in rows)
-    if len(rows) != run["summary"]["rounds"] or len(clients) != tested * run["spec"]["clients"]:
-        raise ValueError("its files do not belong together or are damaged")
-    costs = {name: sum(row[name] for row in rows) for name in ("bytes_up", "bytes_down", "seconds")}
+    contents = schema.read(path)
+    if contents.run["status"] != "finished":
+        raise _LeftOutError(f"{contents.run['status']}: {contents.run['reason']}")
+    return contents
+
+
+def _name(contents: Contents, found: dict[str, tuple[Path, Contents]]) -> str:
+    """Return the name of a run beside those `found`: its id, but for a second source of the same run."""
+    run, source = contents.run["id"], contents.run["fingerprints"]["algorithm"]
+    if run in found and found[run][1].run["fingerprints"]["algorithm"] != source:
+        return f"{run}-{source[:6]}"
+    return str(run)
+
+
+def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
+    run = contents.run
+    fingerprints = {"partition": run["fingerprints"]["data"], **run["fingerprints"]}  # of own data: one for both
+    evaluating = [row["seconds"] for row in contents.evaluations]
     return {
-        "run": run["id"],
-        **run["spec"],
-        **{f"{name}_fingerprint": value for name, value in run["fingerprints"].items()},
+        "run": name,
+        "schema": run["schema"],
+        **contents.spec.to_dict(),
+        **{f"{name}_fingerprint": value for name, value in fingerprints.items()},
         **{f"{name}_version": value for name, value in run["versions"].items()},
-        **costs,
+        **{name: sum(row[name] for row in contents.rounds) for name in (*schema.BYTES, "seconds")},
+        "evaluation_seconds": float("nan") if None in evaluating else sum(evaluating),
         "path": str(path),
-    }, rows, clients  # fmt: skip
-
-
-def _of_other_sources(runs: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return id, path and reason of the runs whose method's source is not that of most runs of the method."""
-    out = []
-    for algo in {run["algo"] for run in runs}:
-        own = [run for run in runs if run["algo"] == algo]
-        count = Counter(run["algorithm_fingerprint"] for run in own)
-        usual, most = count.most_common(1)[0]
-        for run in own:
-            if run["algorithm_fingerprint"] != usual:
-                reason = f"{algo}, or pflbench, had another source than in {most} other runs of {algo}; run it again"
-                out.append((run["run"], run["path"], reason))
-    return out
+    }
 
 
 def _no_setting(table: pd.DataFrame) -> list[str]:
     """Return the columns of `Runs.runs` in which runs of one setting may differ."""
-    apart = ("run", "algo", "hyperparameters", "path", *SEEDS, "bytes_up", "bytes_down", "seconds")
+    apart = ("run", "schema", "algo", "hyperparameters", "path", *SEEDS, *COSTS)
     found = [str(column) for column in table]
     return [c for c in found if c in apart or c.endswith(("_fingerprint", "_version"))]
 
 
 def _with_settings(table: pd.DataFrame) -> pd.DataFrame:
-    """Return `table` with the columns `method`, `protocol` and `setting`."""
-    varying: dict[str, list[str]] = {}
-    for algo, group in table.groupby("algo"):
-        names = sorted({name for h in group["hyperparameters"] for name in h})
-        varying[str(algo)] = [n for n in names if len({json.dumps(h.get(n)) for h in group["hyperparameters"]}) > 1]
-
-    def method(row: "pd.Series[Any]") -> str:
-        return " ".join([row["algo"], *(f"{n}={row['hyperparameters'].get(n)}" for n in varying[row["algo"]])])
-
+    """Return `table`, in order, with the columns `method`, `protocol` and `setting`."""
     spec = [str(c) for c in table.columns.drop(_no_setting(table))]
     numbers = [c for c in COLUMNS if c not in ("dataset", "partition")]
     order = table.assign(**{c: pd.to_numeric(table[c], errors="coerce") for c in numbers})
@@ -245,4 +240,26 @@ def _with_settings(table: pd.DataFrame) -> pd.DataFrame:
     protocol = table[[c for c in spec if c not in COLUMNS]].apply(lambda row: json.dumps(row.tolist()), axis=1)
     setting = table[spec].apply(lambda row: json.dumps(row.tolist()), axis=1) + table["data_fingerprint"]
     numbered = {"protocol": pd.factorize(protocol)[0], "setting": pd.factorize(setting)[0]}
-    return table.assign(method=table.apply(method, axis=1), **numbered)
+    return table.assign(method=_methods(table), **numbered)
+
+
+def _methods(table: pd.DataFrame) -> "pd.Series[str]":
+    """Return the name of each run's method.
+
+    It tells runs of different hyperparameters apart, and runs of different sources: nothing is averaged over them.
+    """
+    title = titles(table["algo"].unique())
+    varying: dict[str, list[str]] = {}
+    for algo, group in table.groupby("algo"):
+        names = sorted({name for h in group["hyperparameters"] for name in h})
+        varying[str(algo)] = [n for n in names if len({json.dumps(h.get(n)) for h in group["hyperparameters"]}) > 1]
+    sources = table.groupby("algo")["algorithm_fingerprint"].nunique()
+
+    def method(row: "pd.Series[Any]") -> str:
+        algo, hyperparameters = row["algo"], row["hyperparameters"]
+        parts = [title[algo], *(f"{name}={hyperparameters.get(name)}" for name in varying[algo])]
+        if sources[algo] > 1:
+            parts.append(f"(source {row['algorithm_fingerprint'][:6]})")
+        return " ".join(parts)
+
+    return table.apply(method, axis=1)

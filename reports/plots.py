@@ -1,6 +1,6 @@
-"""The plots of a report. One colour and line style per method, the same in all of them, told apart by all eyes."""
+"""The plots of a report. A method has the same colour and line in all plots; the colours suit all colour vision."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -33,7 +33,7 @@ class Style:
 
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each method: 7 colours, then the same with other lines and markers."""
+    """Return a style for each method: 7 colours, then the same colours with other lines and markers."""
     return {
         method: Style(
             _COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)], _MARKERS[i % len(_MARKERS)]
@@ -43,32 +43,42 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
 
 
 def curves(runs: Runs) -> pd.DataFrame:
-    """Return the evaluations of all runs, with the megabytes and seconds up to then."""
+    """Return the evaluations of all runs with what the runs had cost up to then.
+
+    `megabytes` and `elapsed` (seconds) are those of the training rounds, `evaluating` are the seconds of the
+    evaluations.
+    """
     rounds = runs.rounds.sort_values(["run", "round"])
     sums = rounds.assign(bytes=rounds["bytes_up"] + rounds["bytes_down"]).groupby("run")[["bytes", "seconds"]].cumsum()
-    rounds = rounds.assign(megabytes=sums["bytes"] / 1e6, elapsed=sums["seconds"])
-    kept = rounds[["run", "round", "accuracy", "megabytes", "elapsed"]].dropna(subset=["accuracy"])
-    return kept.merge(runs.runs[["run", "method", "setting"]], on="run")
+    costs = rounds[["run", "round"]].assign(megabytes=sums["bytes"] / 1e6, elapsed=sums["seconds"])
+    evaluations = runs.evaluations.sort_values(["run", "round"])
+    found = evaluations[["run", "round", "accuracy"]].assign(
+        evaluating=evaluations.groupby("run")["seconds"].cumsum(),
+    )
+    return found.merge(costs, on=["run", "round"]).merge(runs.runs[["run", "method", "setting"]], on="run")
 
 
-def learning(data: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure":
-    """Draw accuracy against rounds, megabytes and seconds for one setting: means over seeds, with their range."""
+def learning(data: pd.DataFrame, style: dict[str, Style], title: str, time: str = "seconds of training") -> "Figure":
+    """Draw accuracy against rounds, megabytes and seconds for one setting: means over seeds, with their range.
+
+    `time` says what the seconds are.
+    """
     from matplotlib.figure import Figure
 
-    # Laid out by hand: three panels and a legend are what takes matplotlib's own layout the longest.
+    # The layout is fixed, since matplotlib's own layout takes longest on three panels and a legend.
     width, height = 10.5, 3.4
     legend = 0.6 + 0.075 * max(len(str(method)) for method in data["method"])
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left=0.055, right=1 - (legend + 0.15) / width, bottom=0.15, top=0.9, wspace=0.12)
-    ends = (("round", "round"), ("megabytes", "megabytes sent, up and down"), ("elapsed", "seconds"))
+    ends = (("round", "round"), ("megabytes", "megabytes sent, up and down"), ("elapsed", time))
     panels = figure.subplots(1, 3, sharey=True)
-    for method, own in data.groupby("method"):
-        look = style[str(method)]
-        seeds = 100 * own.pivot(index="round", columns="run", values="accuracy").dropna()  # to where all of them are
+    for method, own in _groups(data, style):
+        look = style[method]
+        seeds = 100 * own.pivot(index="round", columns="run", values="accuracy").dropna()  # evaluated in all runs
         low, mean, high = seeds.min(axis=1), seeds.mean(axis=1), seeds.max(axis=1)
         for axes, (column, _) in zip(panels, ends, strict=True):
             x = own.groupby("round")[column].mean()[seeds.index]
-            axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=str(method))
+            axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=method)
             if seeds.shape[1] > 1:
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
     for axes, (_, label) in zip(panels, ends, strict=True):
@@ -79,6 +89,14 @@ def learning(data: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure
     panels[0].set_ylabel("accuracy, %")
     _legend(figure, panels[0], title, outside=False)
     return figure
+
+
+def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each method in `data` with its rows, in the order of `style`."""
+    groups = {str(method): own for method, own in data.groupby("method")}
+    for method in style:
+        if method in groups:
+            yield method, groups[method]
 
 
 def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style], title: str) -> "Figure":
@@ -103,12 +121,12 @@ def against_alpha(points: pd.DataFrame, style: dict[str, Style], title: str) -> 
     """Draw `points` (method, alpha, mean, std; fractions) of one dataset and protocol: accuracy against alpha."""
     figure = _figure(6.2, 3.6)
     axes = figure.subplots()
-    for method, own in points.sort_values("alpha").groupby("method"):
-        look = style[str(method)]
+    for method, own in _groups(points.sort_values("alpha"), style):
+        look = style[method]
         axes.errorbar(
             own["alpha"], 100 * own["mean"], yerr=None if own["std"].isna().any() else 100 * own["std"],
             color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=4, capsize=2, linewidth=1.3,
-            label=str(method),
+            label=method,
         )  # fmt: skip
     axes.set_xscale("log")
     ticks = sorted(points["alpha"].unique())
@@ -158,9 +176,9 @@ def save(figure: "Figure", folder: Path, name: str) -> None:
     import matplotlib as mpl
 
     if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()  # lays it out, once for both
+        figure.draw_without_rendering()  # one layout for both files
         figure.set_layout_engine("none")
-    # Fonts that editors can read, whole: it is by PostScript's setting that matplotlib splits a PDF's.
+    # Whole fonts, which editors can read. matplotlib takes the setting of PostScript for PDF files, too.
     with mpl.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})

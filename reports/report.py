@@ -1,8 +1,7 @@
-"""The report: everything that is known of some runs, in files of a folder."""
+"""The report on some runs: what it says, and the files of its folder."""
 
 import base64
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,11 +12,13 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from pflbench import files
 from pflbench.errors import UsageError
 
 from . import partition_plot, plots, stats
-from .accuracy import AccuracyTable, Comparisons, Duels, accuracy_tables, csv_text, duels, heading, latex, markdown
-from .frames import SEEDS, Runs, client_scores, scores
+from .accuracy import AccuracyTable, Comparisons, Duels, accuracy_tables, duels
+from .frames import Runs, client_scores, in_order, scores
+from .render import csv_text, heading, latex, markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ _SHARE = 0.9
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says. `ranks` and `duels` are of each protocol: nothing is averaged over protocols."""
+    """What a report says. `ranks` and `duels` are by protocol: nothing is averaged over protocols."""
 
     runs: Runs
     metric: str
@@ -36,13 +37,16 @@ class Report:
     ranks: dict[int, stats.Ranks | str]
     duels: dict[int, Duels | str]
     targets: dict[int, tuple[float, str, pd.DataFrame]]
-    """By setting: the accuracy, why this one, and a row per method: means over the seeds that reach it, else NaN."""
+    """By setting: the accuracy, a note on it, and a row per method with its mean costs over the seeds that reach it.
+
+    Costs are NaN where no seed reaches it, and where a run's record does not have them.
+    """
 
 
 def make(runs: Runs, metric: str = "accuracy", selection: str = "last", target: float | None = None) -> Report:
-    """Return the report on `runs`. `target` is an accuracy, a fraction: costs are compared up to there.
+    """Return the report on `runs`. `target` is the accuracy, a fraction, up to which costs are compared.
 
-    Raises `UsageError` when there is nothing to report on, or a name is unknown.
+    Raises `UsageError` when there is no finished run, no run has the metric, or a name is unknown.
     """
     if runs.runs.empty:
         reasons = "".join(f"; {path}: {reason}" for path, reason in runs.left_out.head(3).itertuples(index=False))
@@ -65,32 +69,50 @@ def _ranks(table: AccuracyTable) -> stats.Ranks | str:
 def _targets(runs: Runs, target: float | None) -> dict[int, tuple[float, str, pd.DataFrame]]:
     out = {}
     for setting, own in plots.curves(runs).groupby("setting"):
-        wanted, why = target, "The accuracy that was asked for."
+        wanted, why = target, "You set this accuracy with --target."
         if wanted is None:
             last = own.sort_values("round").groupby(["method", "run"])["accuracy"].last().groupby("method").mean()
             wanted = _SHARE * float(last.max())
-            why = f"{100 * _SHARE:.0f} % of the best method's accuracy after the last round. --target sets another."
+            share = f"{100 * _SHARE:.0f} %"
+            why = f"This is {share} of the best method's accuracy after the last round. --target sets another."
+        groups = {str(method): group for method, group in own.groupby("method")}
         lines = []
-        for method, group in own.groupby("method"):
-            reached = [stats.rounds_to(curve, wanted) for _, curve in group.groupby("run")]
+        for method in in_order(groups):
+            reached = [stats.costs_to(curve, wanted) for _, curve in groups[method].groupby("run")]
             good = [r for r in reached if r is not None]
-            means = pd.DataFrame(good, columns=["round", "megabytes", "elapsed"]).mean()
+            means = pd.DataFrame(good, columns=list(stats.TO_TARGET)).mean(skipna=False)
             lines.append({"method": method, **means, "reached": len(good), "seeds": len(reached)})
-        out[int(str(setting))] = (wanted, why, pd.DataFrame(lines))
+        out[int(str(setting))] = (wanted, f"{why} {_time(runs, int(str(setting)))}", pd.DataFrame(lines))
     return out
+
+
+def _time(runs: Runs, setting: int) -> str:
+    """Return what the seconds of a setting's runs are."""
+    own = runs.runs[runs.runs["setting"] == setting]
+    old = int((own["schema"] == 1).sum())
+    text = (
+        "Seconds of training leave out the evaluations. A method that fine-tunes before it is evaluated does so in the "
+        "seconds of evaluation."
+    )
+    if old:
+        text += (
+            f" In records of schema 1 (here {old} of {len(own)} runs) seconds of training contain the evaluations, and "
+            "seconds of evaluation are unknown."
+        )
+    return text
 
 
 def write(report: Report, out: Path, *, workers: int = 1) -> list[Path]:
     """Write the report into folder `out`, in place of an older report, and return its main files.
 
-    report.html holds everything; accuracy-<protocol>.md and .tex, accuracy.csv; plots/. Raises `UsageError` when `out`
-    is a folder with anything else in it.
+    report.html holds everything. The tables are in accuracy.md, accuracy.tex and accuracy.csv (accuracy-<protocol>.md
+    and .tex where there are several protocols), the plots in plots/.
+    Raises `UsageError` when `out` holds anything else than a report.
     """
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
-        raise UsageError(f"out: {out} is there and is no report; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".report-") as name:
-        made = Path(name) / "made"
+        raise UsageError(f"out: {out} exists and is no report; choose another --out")
+    with files.scratch(out) as folder:
+        made = folder / "made"
         (made / "plots").mkdir(parents=True)
         jobs = _plots(report)
         if workers > 1 and len(jobs) > workers:
@@ -107,7 +129,7 @@ def write(report: Report, out: Path, *, workers: int = 1) -> list[Path]:
         (made / "report.html").write_text(html(report, made / "plots"), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
-        made.rename(out)
+        files.place(made, out)
     return sorted(path for path in out.iterdir() if path.is_file())
 
 
@@ -117,7 +139,7 @@ Job = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 def _plots(report: Report) -> list[Job]:
     runs = report.runs
-    style = plots.styles(sorted(runs.runs["method"].unique()))
+    style = plots.styles(in_order(runs.runs["method"].unique()))
     curves = plots.curves(runs)
     whole = report.metric == "global_accuracy"
     of_clients = client_scores(runs, "global_accuracy" if whole else "accuracy", report.selection)
@@ -126,10 +148,13 @@ def _plots(report: Report) -> list[Job]:
         for setting, (dataset, kind) in table.columns.items():
             own = runs.runs[runs.runs["setting"] == setting]
             title = f"{dataset}, {kind}"
-            jobs.append((f"learning-{setting}", plots.learning, (curves[curves["setting"] == setting], style, title)))
+            # Seconds of records of schema 1 contain the evaluations, so a plot of any such record must say so.
+            time = "seconds of training" if (own["schema"] > 1).all() else "seconds, with evaluations in some runs"
+            lines = curves[curves["setting"] == setting]
+            jobs.append((f"learning-{setting}", plots.learning, (lines, style, title, time)))
             values = {
-                str(method): of_clients.loc[list(group["run"])].to_numpy(float).ravel()
-                for method, group in own.groupby("method")
+                method: of_clients.loc[list(own.loc[own["method"] == method, "run"])].to_numpy(float).ravel()
+                for method in in_order(own["method"].unique())
             }
             jobs.append((f"clients-{setting}", plots.clients, (values, style, title)))
             first = own.sort_values("seed").iloc[0]
@@ -170,7 +195,7 @@ def _alphas(report: Report, table: AccuracyTable) -> dict[str, pd.DataFrame]:
 
 
 def html(report: Report, folder: Path) -> str:
-    """Return the report as one page that needs nothing else. `folder` has the plots."""
+    """Return the report as one page that needs no other file. `folder` has the plots."""
     import jinja2
 
     runs = report.runs
@@ -193,7 +218,7 @@ def html(report: Report, folder: Path) -> str:
         alphas.setdefault(int(path.stem.split("-")[1]), []).append((path.stem, "accuracy against alpha"))
     return page.render(
         runs=[_run(row, labels, float(values[row["run"]])) for _, row in runs.runs.iterrows()],
-        methods=sorted(runs.runs["method"].unique()),
+        methods=in_order(runs.runs["method"].unique()),
         tables=report.tables,
         heading=heading,
         settings=settings,
@@ -207,6 +232,6 @@ def html(report: Report, folder: Path) -> str:
 
 def _run(row: "pd.Series[Any]", labels: dict[int, str], score: float) -> dict[str, Any]:
     derived = {"run", "method", "setting", "protocol"}
-    fields = [(k, v) for k, v in row.items() if k not in derived and not (v is None or (k in SEEDS and pd.isna(v)))]
+    fields = [(k, v) for k, v in row.items() if k not in derived and not (v is None or v != v)]  # NaN
     return {"run": row["run"], "method": row["method"], "label": labels[row["setting"]], "seed": row["seed"],
             "score": score, "fields": fields}  # fmt: skip

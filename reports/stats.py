@@ -1,4 +1,4 @@
-"""What can be said of the difference between methods, and when there are too few runs to say anything."""
+"""The statistics of a report: intervals, tests, ranks. Each says when there are too few runs for it."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ FEWEST_PAIRS = 6
 """For Wilcoxon's test: with fewer pairs that differ, no outcome is significant."""
 FEWEST_SETTINGS = 5
 FEWEST_METHODS = 3
-"""For Friedman's test, as scipy has it; with few settings its chi-square is coarse, and five are few."""
+"""For Friedman's test: scipy needs three methods, and its chi-square is coarse with few settings; five are few."""
+
+TO_TARGET = ("round", "megabytes", "elapsed", "evaluating")
 
 Array = npt.NDArray[np.float64]
 
@@ -30,7 +32,7 @@ def interval(values: "pd.Series[float]") -> tuple[float, float] | None:
 
 
 def paired(a: Array, b: Array) -> float | None:
-    """Return the p-value of Wilcoxon's signed-rank test for `a` being higher; None where too few pairs differ."""
+    """Return the one-sided p-value of Wilcoxon's signed-rank test that `a` is higher; None if too few pairs differ."""
     differences = a - b
     differences = differences[np.isfinite(differences) & (differences != 0)]
     if len(differences) < FEWEST_PAIRS:
@@ -39,7 +41,7 @@ def paired(a: Array, b: Array) -> float | None:
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Return Holm's adjusted p-values: the chance of any false difference among them is then bounded."""
+    """Return Holm's adjusted p-values. They bound the chance that any of the differences is false."""
     out, highest = {}, 0.0
     for i, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - i) * p_values[name]))
@@ -61,16 +63,16 @@ class Ranks:
 
 
 def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True) -> Ranks | str:
-    """Return the ranks of the columns of `scores` [settings, methods]; or why nothing can be said.
+    """Return the ranks of the columns of `scores` [settings, methods], or the reason why there are none.
 
-    Only settings in which every method has a score are used.
+    A setting counts only if every method has a score in it.
     """
     whole = scores.dropna()
     n, k = whole.shape
     if k < FEWEST_METHODS or n < FEWEST_SETTINGS:
         return (
-            f"Average ranks need at least {FEWEST_METHODS} methods and {FEWEST_SETTINGS} settings that all of them "
-            f"ran; here are {k} methods and {n} such settings."
+            f"Average ranks need at least {FEWEST_METHODS} methods, and {FEWEST_SETTINGS} settings that all of them "
+            f"ran. This table has {k} methods and {n} such settings."
         )
     each = whole.rank(axis=1, ascending=not higher_is_better)
     if (each.nunique(axis=1) == 1).all():
@@ -91,7 +93,10 @@ def cliques(found: Ranks) -> list[tuple[str, str]]:
     return [(names[i], names[j]) for i, j in out]
 
 
-def rounds_to(curve: pd.DataFrame, target: float) -> "pd.Series[float] | None":
-    """Return round, megabytes and seconds when the run's `curve` first reaches `target`; None if it never does."""
+def costs_to(curve: pd.DataFrame, target: float) -> "pd.Series[float] | None":
+    """Return the costs up to the first evaluation of the run's `curve` that reaches `target`; None if none does.
+
+    They are the round, megabytes, seconds of training (`elapsed`) and seconds of evaluation (`evaluating`).
+    """
     reached = curve[curve["accuracy"] >= target]
-    return None if reached.empty else reached.iloc[0][["round", "megabytes", "elapsed"]].astype(float)
+    return None if reached.empty else reached.iloc[0][list(TO_TARGET)].astype(float)

@@ -9,6 +9,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from pflbench.core import registry
 
@@ -24,9 +25,9 @@ Every method has an oracle test: two rounds or more on a small network, in float
 paper's equations without our code (but for what is drawn at random), and compared to 1e-9: the states of server and
 clients, and the model that each client is tested with.
 
-Sent are the bytes of one client in one round; a test compares them with what runs record. BODY and HEAD are the bytes
-of the network's two parts, BODY without BatchNorm where that is personal; PROTOTYPES those of a mean feature and a
-count for each class.
+"Sent" has the bytes of one client in one round; a test compares them with what runs record. BODY and HEAD are the
+bytes of the network's two parts, BODY without BatchNorm where that is personal. PROTOTYPES are the bytes of a mean
+feature and a count for each class.
 """
 
 
@@ -45,15 +46,20 @@ def lines(name: str) -> dict[str, str]:
 
 
 def sent() -> dict[str, tuple[str, str]]:
-    """Return the closed forms of the bytes up and down, by method and setting, from the table of the contract tests."""
-    tree = ast.parse((ROOT / "tests" / "test_contract.py").read_text(encoding="utf-8"))
-    (table,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "BYTES"]
-    return {ast.literal_eval(k): tuple(map(ast.unparse, v.elts)) for k, v in zip(table.keys, table.values, strict=True)}
+    """Return the closed forms of the bytes up and down, by method and setting, from the methods' test files."""
+    (ordinary,) = _assigned(ROOT / "tests" / "facts.py", "MODEL")
+    found = {}
+    for name in methods():
+        (facts,) = _assigned(_tests_of(name), "FACTS")
+        table = next((keyword.value for keyword in facts.keywords if keyword.arg == "bytes"), ordinary)
+        for setting, both in zip(table.keys, table.values, strict=True):
+            found[f"{name} {ast.literal_eval(setting)}".strip()] = tuple(map(ast.unparse, both.elts))
+    return found
 
 
 def tests(name: str) -> list[str]:
     """Return the names of the tests of method `name`, as sentences."""
-    tree = ast.parse((ROOT / "tests" / "algorithms" / f"test_{_file(name)}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(_tests_of(name).read_text(encoding="utf-8"))
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     return [function.removeprefix("test_").replace("_", " ") for function in functions if function.startswith("test_")]
 
@@ -79,6 +85,16 @@ def page() -> str:
 
 def _file(name: str) -> str:
     return name.replace("-", "_")
+
+
+def _tests_of(name: str) -> Path:
+    return ROOT / "tests" / "algorithms" / f"test_{_file(name)}.py"
+
+
+def _assigned(path: Path, name: str) -> list[Any]:
+    """Return the expressions that a module assigns to `name`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name]
 
 
 def _wrapped(text: str) -> str:

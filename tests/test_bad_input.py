@@ -422,7 +422,7 @@ def test_record_of_another_schema(bad: Callable[..., str], finished: Path) -> No
     path = Path("out") / finished.name
     shutil.copytree(finished, path)
     run = path / "run.json"
-    run.write_text(run.read_text().replace('"schema": 1', '"schema": 99'))
+    run.write_text(run.read_text().replace('"schema": 2', '"schema": 99'))
     message = bad(RUN)
     assert f"{path}: record schema 99 is not 1" in message
     assert "use the pflbench that wrote it" in message

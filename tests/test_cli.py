@@ -27,7 +27,7 @@ from pflbench.core import registry
 from pflbench.spec import MODELS, PARTITION_SETTINGS, RunSpec
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
-COMMANDS = ("run", "list", "describe", "partition")
+COMMANDS = ("run", "list", "describe", "partition", "sweep", "report", "compare", "export")
 
 
 class Done(NamedTuple):
@@ -113,6 +113,7 @@ def test_help_of_run_has_every_setting(call: Callable[..., Done]) -> None:
     [
         *("--help", "--version", "run --help", "partition --help", "run --lr fast"),
         *("list partitions", "list algorithms", "list datasets", "list models --json"),
+        *("describe fedas", "describe fedbabu", "describe fedsa", "sweep --help", "sweep quik", "report --help"),
     ],
 )
 def test_light_commands_import_nothing_heavy(tmp_path: Path, line: str) -> None:
@@ -152,7 +153,7 @@ def test_describe(call: Callable[..., Done], name: str) -> None:
     assert text[0] == registry.algorithms()[name]
     for word in ("Paper: ", "Personal: ", "Evaluated: "):
         assert sum(line.startswith(word) for line in text) == 1
-    known = settings.fields(registry.algorithm(name).Hyper)
+    known = registry.describe(name).hyperparameters
     last = text[text.index("Hyperparameters (--set name=value):" if known else "Hyperparameters: none.") + 1 :]
     assert len(last) == len(known)
     for line, (key, field) in zip(last, known.items(), strict=True):
@@ -183,7 +184,7 @@ def test_a_run_prints_progress_to_stderr_and_a_table_to_stdout(finished: tuple[D
     done, _ = finished
     assert done.code == 0, done.err
     first, *rounds = done.err.splitlines()
-    assert re.fullmatch(r"fedas on folder:tree@[0-9a-f]{12}: 3 clients, dirichlet 1, 3 a round", first)
+    assert re.fullmatch(r"FedAS on folder:tree@[0-9a-f]{12}: 3 clients, dirichlet 1, 3 a round", first)
     assert len(rounds) == 2
     for number, line in enumerate(rounds, 1):
         assert re.fullmatch(rf"round {number}/2  accuracy \d+\.\d\d %  \d+\.\d s", line)
@@ -200,7 +201,7 @@ def test_the_record_says_everything(record: Path) -> None:
     assert run.keys() == {
         "schema", "id", "status", "reason", "summary", "spec", "fingerprints", "versions", "machine"
     }  # fmt: skip
-    assert (run["schema"], run["id"], run["status"], run["reason"]) == (1, record.name, "finished", None)
+    assert (run["schema"], run["id"], run["status"], run["reason"]) == (2, record.name, "finished", None)
     assert re.fullmatch("[0-9a-f]{12}", record.name)
     spec = run["spec"]
     assert spec.keys() == {"hyperparameters", *settings.fields(RunSpec)}
@@ -224,18 +225,27 @@ def test_the_record_says_everything(record: Path) -> None:
         "bytes_down",
         "seconds",
         "busy_seconds",
+        "evaluation",
     }
 
 
 def test_the_record_has_every_round_and_every_client(record: Path) -> None:
     run = json.loads((record / "run.json").read_text())
-    rounds = [json.loads(line) for line in (record / "rounds.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rounds] == [1, 2]
+    rounds, evaluations = (
+        [json.loads(line) for line in (record / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("rounds", "evaluations")
+    )
+    assert [row["round"] for row in rounds] == [row["round"] for row in evaluations] == [1, 2]
+    for row in evaluations:
+        assert row.keys() == {
+            "round", "accuracy", "accuracy_mean", "accuracy_std", "accuracy_worst10", "global_accuracy", "test_loss",
+            "steps", "forward", "backward", "seconds", "busy_seconds",
+        }  # fmt: skip
+        assert (row["steps"], row["forward"], row["backward"]) == (0, 0, 0)
     for row in rounds:
         assert row.keys() == {
-            "round", "participants", "train_loss", "bytes_up", "bytes_down", "steps", "accuracy", "accuracy_mean",
-            "accuracy_std", "accuracy_worst10", "global_accuracy", "test_loss", "seconds", "busy_seconds",
-            "forward", "backward",
+            "round", "participants", "train_loss", "bytes_up", "bytes_down", "steps", "forward", "backward", "seconds",
+            "busy_seconds",
         }  # fmt: skip
         assert row["participants"] == [0, 1, 2]
         assert row["forward"] > row["backward"] > 0  # prototypes need no gradient
@@ -249,10 +259,10 @@ def test_the_record_has_every_round_and_every_client(record: Path) -> None:
     samples = sum(row["n"] for row in last)
     assert run["summary"]["last"]["accuracy"] == pytest.approx(sum(r["n"] * r["accuracy"] for r in last) / samples)
     assert run["summary"]["last"]["accuracy_mean"] == pytest.approx(np.mean([r["accuracy"] for r in last]))
-    assert run["summary"]["last5"]["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in rounds]))
+    assert run["summary"]["last5"]["accuracy"] == pytest.approx(np.mean([row["accuracy"] for row in evaluations]))
     assert run["summary"]["bytes_up"] == sum(row["bytes_up"] for row in rounds)
     assert {str(p.relative_to(record)) for p in record.rglob("*") if p.is_file()} == {
-        "run.json", "rounds.jsonl", "clients.parquet", "samples.parquet", "checkpoint/000002.json",
+        "run.json", "rounds.jsonl", "evaluations.jsonl", "clients.parquet", "samples.parquet", "checkpoint/000002.json",
         "checkpoint/initial.safetensors",
         "checkpoint/server-000002.safetensors", *(f"checkpoint/00000{c}-000002.safetensors" for c in range(3)),
     }  # fmt: skip
@@ -278,13 +288,13 @@ def test_a_record_of_other_code_is_shown_as_such(
     settings = [*quick, "--executor", "serial", "--rounds", "1", "--algo", "fedavg"]
     made = json.loads(call("run", *settings, "--json").out)
     if changed == "source":
-        monkeypatch.setattr("pflbench.store.record.source_fingerprint", lambda _: "0" * 64)
+        monkeypatch.setattr("pflbench.store.provenance.source_fingerprint", lambda _: "0" * 64)
         what = "another source of fedavg or of pflbench"
     else:
         now = made["versions"]["torch"]
-        monkeypatch.setattr("pflbench.store.record.versions", lambda: {**made["versions"], "torch": "9.0"})
+        monkeypatch.setattr("pflbench.store.provenance.versions", lambda: {**made["versions"], "torch": "9.0"})
         what = f"torch {now} and not 9.0"
-    note = f"Note: run {made['id']} was made with {what}; --force runs it anew"
+    note = f"Note: run {made['id']} was made with {what}; --force runs it again"
     assert note in call("run", *settings).err.splitlines()
     assert note not in call("run", *settings, "--force").err.splitlines()
 
@@ -301,7 +311,7 @@ def test_force_runs_anew(call: Callable[..., Done], quick: list[str], tmp_path: 
     assert again == first
     assert forced["fingerprints"] == first["fingerprints"]
     for run in (first, forced):
-        del run["summary"]["seconds"], run["summary"]["busy_seconds"]
+        del run["summary"]["seconds"], run["summary"]["busy_seconds"], run["summary"]["evaluation"]
     assert forced["summary"] == first["summary"]
     assert json.loads(Path(forced["path"], "run.json").read_text())["fingerprints"] == first["fingerprints"]
     assert [p.name for p in (tmp_path / "runs").glob("[!.]*")] == [first["id"]]

@@ -1,25 +1,26 @@
 """What every registered method keeps to, whoever wrote it."""
 
+import ast
 import dataclasses
 import importlib
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
+import facts
+import oracle
 import pytest
 import torch
+import toy
 
 import pflbench
 from pflbench import settings
-from pflbench.core import registry
+from pflbench.core import Algorithm, Replica, Round, Setup, registry
 
 METHODS = sorted(registry.algorithms())
-CASES = [(name, {}) for name in METHODS] + [
-    ("fedas", {"alignment": "in-place"}),
-    ("fedas", {"alignment": "off", "weighting": "samples"}),
-    ("apfl", {"adaptive": True}),
-    ("per-fedavg", {"variant": "fo"}),
-]
+FACTS = {name: facts.of(name) for name in METHODS}
+CASES = [(name, hyper) for name in METHODS for hyper in ({}, *FACTS[name].variants)]
 SIZES = (24, 18, 40, 6)
 
 
@@ -34,47 +35,49 @@ def _clone(value):
     if isinstance(value, torch.Tensor):
         return value.clone()
     if isinstance(value, pflbench.Message):
-        return pflbench.Message(_clone(value.tensors), value.weight)
-    if isinstance(value, dict):
+        return _clone([value.content, value.weight])
+    if isinstance(value, Setup):
+        return _clone(value.model)
+    if isinstance(value, Round):
+        return _clone([list(value.cohort), value.setup])
+    if isinstance(value, Mapping):
         return {k: _clone(v) for k, v in value.items()}
-    return [_clone(v) for v in value]
+    return [_clone(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _equal(a, b):
+    a, b = ([v.content, v.weight] if isinstance(v, pflbench.Message) else v for v in (a, b))
+    a, b = (v.model if isinstance(v, Setup) else v for v in (a, b))
+    a, b = ([list(v.cohort), v.setup.model] if isinstance(v, Round) else v for v in (a, b))
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
-    if isinstance(a, pflbench.Message):
-        return a.weight == b.weight and _equal(a.tensors, b.tensors)
-    if isinstance(a, dict):
+    if isinstance(a, Mapping):
         return list(a) == list(b) and all(_equal(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
+
+
+WATCHED = (
+    "init_server", "init_client", "broadcast", "local_update", "aggregate", "play", "serve", "personalise", "predict",
+    "global_model", "personal", "shared",
+)  # fmt: skip
+VALUES = Mapping | list | torch.Tensor | pflbench.Message | Setup | Round
 
 
 class Watched:
     """A method whose every input and output is compared with what it was, at the end."""
 
-    def __init__(self, method):
-        self.method = method
+    def __init__(self, cls, hyper):
         self.seen = []
         self.messages = []
+        watchers = {name: self._watcher(name, getattr(cls, name)) for name in WATCHED}
+        self.method = type(f"Watched{cls.__name__}", (cls,), watchers)(**hyper)
 
-    def __getattr__(self, name):
-        value = getattr(self.method, name)
-        if name not in {
-            "init_server",
-            "init_client",
-            "broadcast",
-            "local_update",
-            "aggregate",
-            "relay",
-            "personalised",
-        }:
-            return value
-
-        def call(*args):
-            values = [a for a in args if isinstance(a, dict | list | pflbench.Message)]
-            self.seen += [(f"input of {name}", v, _clone(v)) for v in values]
-            out = value(*args)
+    def _watcher(self, name, function):
+        def call(method, *args):
+            self.seen += [(f"input of {name}", v, _clone(v)) for v in args if isinstance(v, VALUES)]
+            out = function(method, *args)
             outs = list(out) if isinstance(out, tuple) else [out]
             self.seen += [(f"output of {name}", v, _clone(v)) for v in outs]
             self.messages += [v for v in outs if isinstance(v, pflbench.Message)]
@@ -84,45 +87,54 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def drive(toy):
+def drive():
     """What `_drive` returns, once for each case."""
     done = {}
 
     def get(algo, hyper):
         key = (algo, *hyper.items())
         if key not in done:
-            done[key] = _drive(toy, algo, hyper)
+            done[key] = _drive(algo, hyper)
         return done[key]
 
     return get
 
 
-def _drive(toy, algo, hyper, rounds=2):
-    """Run the method by hand on three clients that share one toolbox network, as clients in one worker do."""
-    method = Watched(registry.algorithm(algo)(**hyper))
-    data = toy.arrays((6, 4, 5))
+def _drive(algo, hyper, rounds=2):
+    """Run the method by hand on three clients that share one network, as clients in one worker do."""
+    watched = Watched(registry.algorithm(algo), hyper)
+    method = watched.method
+    data = oracle.arrays((6, 4, 5))
     net = toy.net_for(algo)
-    initial = toy.initial(net)
-    bench = toy.local(*data[0][:2], net=net)._bench
+    setup = toy.setup(net, clients=3)
+    replica = Replica(net)
+    watched.seen += [("a client's data", arrays, _clone(arrays)) for arrays in data]
+    states = {i: method.init_client(setup) for i in range(3)}
 
-    def local(i, r):
-        made = toy.local(*data[i][:2], net=net, round=r, client=i)
-        made._bench = bench
-        return made
+    def client(i, round):
+        return toy.client(*data[i][:2], net=net, replica=replica, round=round.number, id=i, clients=3)
 
-    server = method.init_server(initial)
-    states = {i: method.init_client(initial) for i in range(3)}
-    for r in range(1, rounds + 1):
-        ups, now = [], server
-        for i in (0, 1):
-            up, states[i] = method.local_update(local(i, r), method.broadcast(now, i), states[i])
-            ups.append(dataclasses.replace(up, sender=i))
-            if method.sequential:
-                now = method.relay(now, up)
-        server = method.aggregate(server, ups)
+    @dataclasses.dataclass
+    class Cohort:
+        round: Round
+
+        def update(self, server, clients=None):
+            return [self.one(server, i) for i in (self.round.cohort if clients is None else clients)]
+
+        def one(self, server, i):
+            received = method.broadcast(self.round, server, i)
+            message, states[i] = method.local_update(client(i, self.round), received, states[i])
+            return pflbench.Upload(message.content, message.weight, i)
+
+    server = method.init_server(setup)
+    for number in range(1, rounds + 1):
+        round_ = Round(number, (0, 1), setup)
+        server = method.play(round_, server, Cohort(round_))
+        method.global_model(server)
         for i in range(3):
-            method.personalised(local(i, r), method.broadcast(server, i), states[i])
-    return method
+            deployed = method.personalise(client(i, round_), method.serve(round_, server, i), states[i])
+            method.predict(replica, deployed, data[i][2])
+    return watched
 
 
 @cases
@@ -131,47 +143,62 @@ def test_nothing_that_goes_in_or_came_out_is_ever_changed(drive, algo, hyper):
     assert changed == []
 
 
-ALONE = ["fedamp", "fedfomo"]  # their broadcasts are costly, and no test reads them
+def test_the_oracle_imports_neither_pflbench_nor_other_tests():
+    nodes = list(ast.walk(ast.parse(Path(oracle.__file__).read_text(encoding="utf-8"))))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert imported == {"collections.abc", "typing", "numpy", "torch"}
 
 
-def test_who_is_tested_alone():
-    assert [algo for algo in METHODS if registry.algorithm(algo).tested_alone] == ALONE
+ALONE = [algo for algo in METHODS if FACTS[algo].alone]
+
+
+def test_which_methods_send_nothing_for_an_evaluation():
+    assert [algo for algo in METHODS if registry.algorithm(algo).serve is not Algorithm.serve] == ALONE
 
 
 @pytest.mark.parametrize("algo", ALONE)
-def test_who_is_tested_alone_is_sent_nothing_for_a_test_and_scores_the_same(toy, algo, monkeypatch):
+def test_a_client_that_is_sent_nothing_for_its_evaluation_scores_the_same(algo, monkeypatch):
     method, sent = registry.algorithm(algo), []
     broadcast = method.broadcast
 
-    def noted(self, server, client):
+    def noted(self, round, server, client):
         sent.append(client)
-        return broadcast(self, server, client)
+        return broadcast(self, round, server, client)
 
     monkeypatch.setattr(method, "broadcast", noted)
     alone = toy.run(algo, join_ratio=0.5)
     assert sent == [c for row in alone.rounds for c in row["participants"]]
-    monkeypatch.setattr(method, "tested_alone", False)
+    monkeypatch.setattr(method, "serve", Algorithm.serve)
     together = toy.run(algo, join_ratio=0.5)
     assert len(sent) > 2 * len(alone.rounds)
     assert alone.fingerprints == together.fingerprints
 
 
+def _keys(tree):
+    for key, value in tree.items():
+        yield key
+        yield from _keys(value) if isinstance(value, Mapping) else ()
+
+
 @cases
-def test_personal_parameters_are_in_no_message(drive, toy, algo, hyper):
-    method = drive(algo, hyper)
-    names = {name for message in method.messages for part in message.tensors.values() for name in part}
-    assert method.messages
+def test_personal_parameters_are_in_no_message(drive, algo, hyper):
+    watched = drive(algo, hyper)
+    names = {name for message in watched.messages for name in _keys(message.content)}
+    assert watched.messages
     model = toy.initial(toy.net_for(algo))
-    assert names & model.keys() == model.keys() - method.personal(model).keys()
+    assert names & model.keys() == model.keys() - watched.method.personal(model).keys()
 
 
 @cases
 def test_a_methods_instance_keeps_its_hyperparameters_and_nothing_else(drive, algo, hyper):
-    method = drive(algo, hyper).method
-    assert vars(method) == {"h": method.h}
-    assert method.h == registry.algorithm(algo)(**hyper).h
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        method.h.anything = 1
+    cls = registry.algorithm(algo)
+    method = cls(**hyper)
+    assert vars(method).keys() == settings.fields(cls).keys()
+    assert vars(drive(algo, hyper).method) == vars(method)
+    for name in (*vars(method), "anything"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, name, 1)
 
 
 @cases
@@ -179,85 +206,66 @@ def test_instances_pickle(algo, hyper):
     method = registry.algorithm(algo)(**hyper)
     copy = pickle.loads(pickle.dumps(method))
     assert type(copy) is type(method)
-    assert copy.h == method.h
+    assert copy == method
 
 
 @cases
-def test_who_does_not_take_part_keeps_its_state_bit_for_bit(toy, algo, hyper):
+def test_hyperparameters_are_read_from_text(algo, hyper):
+    method = registry.algorithm(algo)(**hyper)
+    assert registry.make(algo, {name: str(value) for name, value in vars(method).items()}) == method
+
+
+@cases
+def test_who_does_not_take_part_keeps_its_state_bit_for_bit(algo, hyper):
     settings = {"join_ratio": 0.25, "rounds": 2, "sampling_seed": 1}
     record = toy.run(algo, hyper, federation=toy.federation(SIZES), **settings)
     took_part = {c for row in record.rounds for c in row["participants"]}
     untouched = set(range(4)) - took_part
     assert untouched
-    initial = registry.algorithm(algo)(**hyper).init_client(toy.initial(toy.net_for(algo)))
+    setup = toy.setup(toy.net_for(algo), clients=4)
+    initial = registry.algorithm(algo)(**hyper).init_client(setup)
     for client in untouched:
         assert _equal(record.client_states[client], initial)
 
 
-TRAINED = {"fedfomo": 9, "pfedme": 5 * 12, "per-fedavg": 4 * 3}  # samples in the losses of an epoch, if not 12
+@pytest.mark.parametrize("algo", METHODS)
+def test_the_loss_in_the_record_is_of_the_training_and_of_all_its_samples(algo):
+    x, y, _, _ = oracle.arrays((12,))[0]
+    net, method = toy.net_for(algo), registry.algorithm(algo)()
+    setup, client = toy.setup(net), toy.client(x, y, net=net)
+    received = method.broadcast(Round(1, (0, 1), setup), method.init_server(setup), 0)
+    method.local_update(client, received, method.init_client(setup))
+    assert client.counts.samples == 2 * FACTS[algo].samples
+    assert 0 < client.counts.loss_sum < 10 * client.counts.samples
+
+
+def test_a_client_starts_from_what_it_is_given_every_time():
+    x, y, _, _ = oracle.arrays()[0]
+    start = toy.initial()
+    client = toy.client(x, y)
+    batch = next(client.batches(stream="any"))
+    first = client.sgd(start)
+    assert oracle.same(client.sgd(start), first)  # the network has moved on, `start` has not
+    assert torch.equal(client.features(start), toy.client(x, y).features(start))
+    assert oracle.same(client.grad(start, batch), toy.client(x, y).grad(start, batch))
+    assert oracle.same(client.sgd(first), toy.client(x, y).sgd(first))
+    assert oracle.same(start, toy.initial())
 
 
 @pytest.mark.parametrize("algo", METHODS)
-def test_the_loss_in_the_record_is_of_the_training_and_of_all_its_samples(toy, algo):
-    x, y, _, _ = toy.arrays((12,))[0]
-    net, method = toy.net_for(algo), registry.algorithm(algo)()
-    start, local = toy.initial(net), toy.local(x, y, net=net)
-    method.local_update(local, method.broadcast(method.init_server(start), 0), method.init_client(start))
-    assert local.counts.samples == 2 * TRAINED.get(algo, 12)
-    assert 0 < local.counts.loss_sum < 10 * local.counts.samples
+def test_the_methods_test_file_declares_its_facts(algo):
+    declared = facts.declared(algo)
+    assert declared, f"write tests/algorithms/{facts.path(algo).name} with FACTS = Facts(...), see tests/facts.py"
+    assert declared.bytes, "a method has a closed form of its bytes for at least one setting"
 
 
-def test_the_toolbox_starts_from_what_it_is_given_every_time(toy):
-    x, y, _, _ = toy.arrays()[0]
-    start = toy.initial()
-    local = toy.local(x, y)
-    first = local.sgd(start)
-    assert toy.same(local.sgd(start), first)  # the network has moved on, `start` has not
-    assert torch.equal(local.features(start), toy.local(x, y).features(start))
-    assert toy.same(local.grad(start, x, y), toy.local(x, y).grad(start, x, y))
-    assert toy.same(local.sgd(first), toy.local(x, y).sgd(first))
-    assert toy.same(start, toy.initial())
+BYTES = [(algo, setting) for algo in METHODS for setting in FACTS[algo].bytes]
 
 
-BODY, HEAD = 8 * (3 * 4 + 4), 8 * (4 * 3 + 3)  # bytes of the two parts of a network with four features
-PROTOTYPES = 8 * 3 * (4 + 1)  # of a mean feature and a count for each class
-BYTES = {  # of one client in one round: up, down; docs/fidelity.md shows the expressions
-    "local": (0, 0),
-    "fedavg": (BODY + HEAD, BODY + HEAD),
-    "fedavg-ft": (BODY + HEAD, BODY + HEAD),
-    "fedper": (BODY, BODY),
-    "fedrep": (BODY, BODY),
-    "fedas": (BODY, BODY),
-    "fedprox": (BODY + HEAD, BODY + HEAD),
-    "scaffold": (2 * (BODY + HEAD), 2 * (BODY + HEAD)),
-    "feddyn": (BODY + HEAD, BODY + HEAD),
-    "moon": (BODY + HEAD, BODY + HEAD),
-    "fedala": (BODY + HEAD, BODY + HEAD),
-    "ditto": (BODY + HEAD, BODY + HEAD),
-    "apfl": (BODY + HEAD, BODY + HEAD),
-    "pfedme": (BODY + HEAD, BODY + HEAD),
-    "per-fedavg": (BODY + HEAD, BODY + HEAD),
-    "fedas alignment=in-place": (2 * BODY, BODY),
-    "lg-fedavg": (HEAD, HEAD),
-    "fedbabu": (BODY, BODY),
-    "fedbn": (BODY + HEAD, BODY + HEAD),
-    "fedproto": (PROTOTYPES, PROTOTYPES),
-    "fedamp": (BODY + HEAD, BODY + HEAD + 8),
-    "fedrod": (BODY + HEAD, BODY + HEAD),
-    # With more models it depends on who took part before: tests/algorithms/test_fedfomo.py.
-    "fedfomo models=1": (BODY + HEAD, 0),
-}
-
-
-def test_every_method_has_a_closed_form_of_its_bytes():
-    assert {case.split()[0] for case in BYTES} == set(METHODS)
-
-
-@pytest.mark.parametrize("case", sorted(BYTES))
-def test_the_bytes_sent_have_a_closed_form_for_each_participant(toy, tmp_path, case):
-    up, down = BYTES[case]
-    algo, *settings = case.split()
-    hyper = dict(setting.split("=") for setting in settings)
+@pytest.mark.parametrize(("algo", "setting"), BYTES, ids=lambda value: value or "default")
+def test_the_bytes_sent_have_a_closed_form_for_each_participant(tmp_path, algo, setting):
+    up, down = FACTS[algo].bytes[setting]
+    hyper = dict(part.split("=") for part in setting.split())
     spec = toy.spec(algo, hyper, clients=4, join_ratio=0.75)
     record = pflbench.run(spec, toy.federation(SIZES), toy.net_for(algo, features=4), executor="serial", out=tmp_path)
     rows = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
@@ -283,7 +291,7 @@ def test_the_file_is_named_like_the_method(algo):
 
 def _others(cls):
     """Each hyperparameter with another valid value."""
-    for name, field in settings.fields(cls.Hyper).items():
+    for name, field in settings.fields(cls).items():
         if field.metadata["choices"]:
             yield from ((name, c) for c in field.metadata["choices"] if c != field.default)
         elif isinstance(field.default, bool):
@@ -294,23 +302,19 @@ def _others(cls):
             yield name, field.default * 0.5
 
 
-COUNTS = {  # hyperparameters, clients' sizes and rounds with which every hyperparameter counts
-    "fedamp": ({"decay_every": 1}, (24, 40), 2),
-    "fedfomo": ({"models": 2, "epsilon": 0.9, "epsilon_decay": 0.1}, (24, 40, 18, 12), 5),
-    "fedrod": ({}, (25, 41), 2),  # of unequal classes
-}
 CHANGES = [(algo, name, value) for algo in METHODS for name, value in _others(registry.algorithm(algo))]
 
 
 @pytest.mark.parametrize(("algo", "name", "value"), CHANGES)
-def test_every_hyperparameter_changes_the_result(toy, algo, name, value):
-    hyper, sizes, rounds = COUNTS.get(algo, ({}, (24, 40), 2))
+def test_every_hyperparameter_changes_the_result(algo, name, value):
+    hyper, sizes, rounds = FACTS[algo].sensitive
     settings = {"federation": toy.federation(sizes), "rounds": rounds}
     default, other = (toy.run(algo, h, **settings) for h in (hyper, {**hyper, name: value}))
     prints = ("metrics", "states")
     assert [default.fingerprints[p] for p in prints] != [other.fingerprints[p] for p in prints]
     # Not by the bytes alone, nor by rounding.
-    assert max(abs(a["test_loss"] - b["test_loss"]) for a, b in zip(default.rounds, other.rounds, strict=True)) > 1e-12
+    losses = ([row["test_loss"] for row in record.evaluations] for record in (default, other))
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) > 1e-12
 
 
 PROTOCOL = [
@@ -320,23 +324,20 @@ PROTOCOL = [
 
 
 @pytest.mark.parametrize("algo", METHODS)
-def test_every_setting_of_the_protocol_changes_the_result(toy, algo):
+def test_every_setting_of_the_protocol_changes_the_result(algo):
     default = toy.run(algo).fingerprints["states"]
     same = [name for name, value in PROTOCOL if toy.run(algo, **{name: value}).fingerprints["states"] == default]
     assert same == []
 
 
-DRAWING = {"fedala", "fedfomo"}  # methods that use a random part of the samples, shuffled or not
-
-
 @pytest.mark.parametrize("algo", METHODS)
-def test_the_order_seed_changes_shuffled_runs_alone_unless_a_method_draws_samples(toy, algo):
+def test_the_order_seed_changes_shuffled_runs_alone_unless_a_method_draws_samples(algo):
     def states(**settings):
         return toy.run(algo, **settings).fingerprints["states"]
 
     assert states(shuffle=True, order_seed=1) != states(shuffle=True, order_seed=2)
     same = states(shuffle=False, order_seed=1) == states(shuffle=False, order_seed=2)
-    assert same == (algo not in DRAWING)
+    assert same == (not FACTS[algo].draws)
 
 
 @pytest.mark.parametrize("algo", METHODS)
@@ -349,7 +350,7 @@ def test_a_convolutional_run_in_memory_is_the_run_on_disk_bit_by_bit(algo, tmp_p
     federation = pflbench.Federation.from_arrays(clients, classes=3)
     spec = pflbench.RunSpec(
         algo=algo, clients=3, rounds=3, join_ratio=0.67, batch_size=4, local_epochs=1, lr=0.05,
-        norm="batch" if algo == "fedbn" else None,
+        norm="batch" if FACTS[algo].norm else None,
     )  # fmt: skip
     memory, disk = (pflbench.run(spec, federation, executor="serial", out=out) for out in (None, tmp_path))
     assert memory.fingerprints == disk.fingerprints

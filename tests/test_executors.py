@@ -12,16 +12,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
+import toy
 from torch import nn
 
 import pflbench
-from pflbench import Diverged, RunError
+from pflbench import Diverged, MethodError, RunError
 from pflbench.algorithms.fedavg import FedAvg
 from pflbench.core import params, registry
 from pflbench.engine import evaluation
-from pflbench.engine.executors import Processes, Serial, Task, Work, _common, _dumps, _Unpickler
+from pflbench.engine.executors import Processes, Serial
+from pflbench.engine.executors.wire import Unpickler, common, dumps
+from pflbench.engine.work import Evaluate, Train, Work
 
 METHODS = sorted(registry.algorithms())
 SIZES = (30, 4, 11, 7)
@@ -33,7 +37,7 @@ def _prints(record):
 
 
 @pytest.mark.parametrize("algo", [*METHODS, "fedas in-place"])
-def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(toy, algo):
+def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(algo):
     algo, _, alignment = algo.partition(" ")
     hyper = {"alignment": alignment} if alignment else {}
 
@@ -48,30 +52,30 @@ def test_serial_and_one_two_and_three_processes_end_with_the_same_bits(toy, algo
     assert [run("processes", workers) for workers in (1, 2, 3, 3)] == [expected] * 4
 
 
-def test_a_network_that_draws_random_numbers_draws_the_same_everywhere(toy):
+def test_a_network_that_draws_random_numbers_draws_the_same_everywhere():
     net = toy.dropping()
     kw = {"federation": toy.federation(SIZES), "net": net, "shuffle": True}
     serial = toy.run("fedavg", **kw)
     torch.rand(7)
     assert _prints(toy.run("fedavg", **kw)) == _prints(serial)
     assert _prints(toy.run("fedavg", executor="processes", workers=3, **kw)) == _prints(serial)
-    assert not toy.same(toy.run("fedavg", **{**kw, "seed": 1}).server["model"], serial.server["model"])
+    assert not oracle.same(toy.run("fedavg", **{**kw, "seed": 1}).server["model"], serial.server["model"])
 
 
-def test_a_network_draws_other_numbers_for_each_seed_round_and_client(toy):
+def test_a_network_draws_other_numbers_for_each_seed_round_and_client():
     net = toy.dropping()
-    x, y, _, _ = toy.arrays()[0]
+    x, y, _, _ = oracle.arrays()[0]
     turns = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
     with torch.random.fork_rng():
         made = [
-            toy.local(x, y, net=net, seed=s, round=r, client=c).sgd(toy.initial()) for s, r, c in turns
+            toy.client(x, y, net=net, seed=s, round=r, id=c).sgd(toy.initial()) for s, r, c in turns
         ]  # in stored order: only what the network draws differs
-        again = toy.local(x, y, net=net).sgd(toy.initial())
+        again = toy.client(x, y, net=net).sgd(toy.initial())
     assert len({params.fingerprint(p) for p in made}) == len(turns)
-    assert toy.same(again, made[0])
+    assert oracle.same(again, made[0])
 
 
-def test_a_networks_integer_buffers_do_not_carry_over_from_client_to_client(toy):
+def test_a_networks_integer_buffers_do_not_carry_over_from_client_to_client():
     # With momentum=None, BatchNorm's running mean depends on an integer: how many batches it has seen.
     net = toy.net()
     net = pflbench.Net(nn.Sequential(net.body[0], nn.BatchNorm1d(3, momentum=None), nn.Tanh()), net.head).double()
@@ -80,7 +84,7 @@ def test_a_networks_integer_buffers_do_not_carry_over_from_client_to_client(toy)
     assert _prints(toy.run("fedavg", executor="processes", workers=3, **kw)) == _prints(serial)
 
 
-def test_the_random_state_and_the_threads_of_the_caller_stay_as_they_were(toy):
+def test_the_random_state_and_the_threads_of_the_caller_stay_as_they_were():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -92,50 +96,56 @@ def test_the_random_state_and_the_threads_of_the_caller_stay_as_they_were(toy):
 
 
 class Late(Work):
-    """Takes a random time for each task, so that they end in any order."""
+    """Takes a random time for each job, so that they end in any order."""
 
-    def __call__(self, task):
+    def __call__(self, job):
         time.sleep(random.random() * 0.05)
-        return super().__call__(task)
+        return super().__call__(job)
 
     def private(self):
-        return Late(self.spec, self.algorithm, self.federation, super().private().bench.net)
+        return Late(self.experiment, self.states)
 
 
-def _tasks(toy, work, *, test=False, clients=range(4)):
-    server, state = work.algorithm.init_server(toy.initial()), work.algorithm.init_client(toy.initial())
-    return [Task(test, 1, c, work.algorithm.broadcast(server, c), state) for c in clients]
+def _jobs(work, kind=Train, *, clients=range(4)):
+    algorithm, setup = work.experiment.algorithm, work.experiment.setup
+    server, state = algorithm.init_server(setup), algorithm.init_client(setup)
+    round = pflbench.Round(1, tuple(clients), setup)  # noqa: A001
+    return [kind(1, c, algorithm.broadcast(round, server, c), state) for c in clients]
 
 
-def _work(toy, kind=Work, algo="fedas", sizes=SIZES):
+def _work(kind=Work, algo="fedas", sizes=SIZES):
     spec = toy.spec(algo, clients=len(sizes), shuffle=True)
-    return kind(spec, registry.algorithm(algo)(), toy.federation(sizes), toy.net())
+    return kind(pflbench.prepare(spec, toy.federation(sizes), toy.net()), None)
 
 
-def _flat(trained):
-    return [(t.up.weight, params.fingerprint(t.up["model"]), params.fingerprint(t.state["model"])) for t in trained]
+def _flat(results):
+    return [
+        (r.upload.client, r.upload.weight, params.fingerprint(r.upload.content), params.fingerprint(r.state), r.counts)
+        for r in results
+    ]
 
 
-def test_results_come_in_the_order_of_the_tasks_whoever_is_ready_first(toy):
-    work = _work(toy, Late)
+def test_results_come_in_the_order_of_the_jobs_whoever_is_ready_first():
+    work = _work(Late)
     clients = [2, 0, 3, 1, 0, 2, 1, 3]
-    with Serial(_work(toy), 1) as one, Processes(work, 3) as many:
-        expected = one.map(_tasks(toy, work, clients=clients))
+    with Serial(_work(), 1) as one, Processes(work, 3) as many:
+        expected = one.map(_jobs(work, clients=clients))
+        assert [r.upload.client for r in expected] == clients
         for _ in range(3):
-            assert _flat(many.map(_tasks(toy, work, clients=clients))) == _flat(expected)
-        scores = many.map(_tasks(toy, work, test=True, clients=clients))
-        assert [s.client for s in scores] == clients
-        assert scores == one.map(_tasks(toy, work, test=True, clients=clients))
+            assert _flat(many.map(_jobs(work, clients=clients))) == _flat(expected)
+        results = many.map(_jobs(work, Evaluate, clients=clients))
+        assert [r.score.client for r in results] == clients
+        assert [r.score for r in results] == [r.score for r in one.map(_jobs(work, Evaluate, clients=clients))]
 
 
-def test_more_workers_than_tasks_and_no_tasks_are_fine(toy):
-    work = _work(toy)
+def test_more_workers_than_jobs_and_no_jobs_are_fine():
+    work = _work()
     with Processes(work, 3) as pool:
         assert pool.map([]) == []
-        assert len(pool.map(_tasks(toy, work, clients=[1]))) == 1
+        assert len(pool.map(_jobs(work, clients=[1]))) == 1
 
 
-def test_messages_larger_than_a_pipes_buffer_pass_both_ways(toy):
+def test_messages_larger_than_a_pipes_buffer_pass_both_ways():
     wide = pflbench.Net(nn.Sequential(nn.Linear(3, 50_000), nn.Tanh()), nn.Linear(50_000, 3))
     kw = {"net": wide, "rounds": 1, "local_epochs": 1, "batch_size": 50, "lr": 1e-4}
     serial = toy.run("fedavg", **kw)
@@ -153,14 +163,14 @@ def faulty(methods):
     class Faulty(FedAvg):
         fault = None
 
-        def local_update(self, local, down, state):
-            if local._key == (2, 1):
+        def local_update(self, client, received, state):
+            if client._key == (2, 1):
                 out = type(self).fault()
                 if out is not None:
                     return out
-            return super().local_update(local, down, state)
+            return super().local_update(client, received, state)
 
-    return Faulty
+    return methods["faulty"]
 
 
 def _kill_self():
@@ -173,7 +183,7 @@ def _exit():
 
 @linux
 @pytest.mark.parametrize(("fault", "how"), [(_kill_self, "signal 9"), (_exit, "exit code 7")])
-def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(toy, faulty, children, fault, how):
+def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(faulty, children, fault, how):
     faulty.fault = fault
     before = children(os.getpid())
     with pytest.raises(RunError, match=rf"died \({how}\) in round 2, client 1") as error:
@@ -184,7 +194,7 @@ def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(
 
 
 @linux
-def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, faulty, tmp_path, eventually):
+def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(faulty, tmp_path, eventually):
     victim = tmp_path / "pid"
 
     def work():
@@ -206,7 +216,7 @@ def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(toy, f
     assert multiprocessing.active_children() == []
 
 
-def test_workers_are_gone_after_a_run_that_ended_well(toy):
+def test_workers_are_gone_after_a_run_that_ended_well():
     toy.run("fedavg", executor="processes", workers=2)
     assert multiprocessing.active_children() == []
 
@@ -215,7 +225,7 @@ def _raise_key_error():
     raise KeyError("no such prototype")
 
 
-def test_an_error_in_a_methods_code_arrives_with_the_workers_traceback(toy, faulty):
+def test_an_error_in_a_methods_code_arrives_with_the_workers_traceback(faulty):
     faulty.fault = _raise_key_error
     with pytest.raises(KeyError, match="no such prototype") as error:
         toy.run("faulty", executor="processes", workers=2)
@@ -234,7 +244,7 @@ def _raise_odd():
     raise _OddError("cannot", "travel")
 
 
-def test_an_error_that_cannot_be_sent_arrives_as_its_text(toy, faulty):
+def test_an_error_that_cannot_be_sent_arrives_as_its_text(faulty):
     # It pickles, but cannot be read back: its constructor takes two arguments.
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(_OddError("cannot", "travel")))
@@ -244,14 +254,17 @@ def test_an_error_that_cannot_be_sent_arrives_as_its_text(toy, faulty):
     assert any("_raise_odd" in note for note in error.value.__notes__)
 
 
-def test_a_result_that_cannot_be_sent_is_an_error_that_says_so(toy, faulty):
+@pytest.mark.parametrize("executor", ["serial", "processes"])
+def test_a_result_that_cannot_be_sent_is_an_error_that_says_so(faulty, executor):
     faulty.fault = lambda: (pflbench.Message({"model": toy.initial()}), {"model": {}, "extra": lambda: None})
-    with pytest.raises(Exception, match=r"[Pp]ickle") as error:
-        toy.run("faulty", executor="processes", workers=2)
-    assert "died" not in str(error.value)
+    with pytest.raises(MethodError) as error:
+        toy.run("faulty", executor=executor, workers=2)
+    message = "the state of client 1 has a function at 'extra'; leaves are tensors, integers and floats"
+    assert str(error.value) == message
+    assert multiprocessing.active_children() == []
 
 
-def test_a_result_with_a_gradient_attached_is_the_same_in_serial_and_in_processes(toy, faulty):
+def test_a_result_with_a_gradient_attached_is_the_same_in_serial_and_in_processes(faulty):
     def attached():
         model = {k: t.clone().requires_grad_(True) for k, t in toy.initial().items()}
         return pflbench.Message({"model": model}, weight=1.0), {"model": {}}
@@ -265,76 +278,72 @@ def _diverge():
     raise Diverged("client 1: it is too much")
 
 
-def test_divergence_in_a_worker_ends_the_run_as_diverged(toy, faulty):
+def test_divergence_in_a_worker_ends_the_run_as_diverged(faulty):
     faulty.fault = _diverge
     record = toy.run("faulty", executor="processes", workers=2)
     assert (record.status, record.reason) == ("diverged", "round 2: client 1: it is too much")
     assert len(record.rounds) == 1
 
 
-def test_a_round_is_tested_even_if_the_next_one_which_trains_beside_it_diverges(toy, methods):
+def test_a_round_is_tested_even_if_the_next_one_which_trains_beside_it_diverges(methods):
     @registry.register("late-nan")
     class LateNan(registry.algorithm("fedper")):
-        def local_update(self, local, down, state):
-            up, new = super().local_update(local, down, state)
-            if local._key[0] == 3:
-                raise Diverged(f"client {local._key[1]}: lost")
-            return up, new
+        def local_update(self, client, received, state):
+            message, new = super().local_update(client, received, state)
+            if client._key[0] == 3:
+                raise Diverged(f"client {client.id}: lost")
+            return message, new
 
     for executor in ("serial", "processes"):
         record = toy.run("late-nan", executor=executor, workers=2, rounds=5)
         assert record.reason == "round 3: client 0: lost"
         assert [row["round"] for row in record.rounds] == [1, 2]
-        assert "accuracy" in record.rounds[1]
+        assert [row["round"] for row in record.evaluations] == [1, 2]
 
 
-def test_what_was_relayed_is_what_is_aggregated_on(toy, methods):
+def test_clients_that_are_asked_one_after_the_other_each_start_from_the_one_before(methods):
     @registry.register("cyclic")
     class Cyclic(FedAvg):
-        """Each client goes on from the one before; the last one's model is the server's."""
+        """Each client continues from the one before; the last one's model is the server's."""
 
-        sequential = True
-
-        def relay(self, server, up):
-            return {"model": up["model"]}
-
-        def aggregate(self, server, ups):
+        def play(self, round, server, cohort):
+            for client in round.cohort:
+                (upload,) = cohort.update(server, [client])
+                server = {"model": upload["model"]}
             return server
 
     for executor in ("serial", "processes"):
         record = toy.run("cyclic", executor=executor, rounds=2)
         model = toy.initial()
-        for x, y, _, _ in toy.arrays() * 2:
-            model = toy.train(model, x, y, 2, lr=0.1)
-        toy.close(record.server["model"], model)
+        for x, y, _, _ in oracle.arrays() * 2:
+            model = oracle.train(model, x, y, 2, lr=0.1)
+        oracle.close(record.server["model"], model)
 
 
-def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round(toy):
+def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round():
     received: list[torch.Tensor] = []
     own = [{"own": torch.full((5,), float(i)), "trained": nn.Parameter(torch.full((9,), float(i)))} for i in range(4)]
 
     def passed(model):
-        """The sizes and the tasks that arrive, of a round in which every client is sent `model` and something else."""
-        tasks = [
-            Task(False, 1, i, pflbench.Message({"model": model, "own": own[i]}), {"model": own[i]}) for i in range(4)
-        ]
+        """The sizes and the jobs that arrive, of a round in which every client is sent `model` and something else."""
+        jobs = [Train(1, i, pflbench.Message({"model": model, "own": own[i]}), {"model": own[i]}) for i in range(4)]
         sent: dict[int, int] = {}
-        data = [_dumps(task, _common(tasks), sent) for task in tasks]
-        return [len(d) for d in data], [_Unpickler(io.BytesIO(d), received).load() for d in data]
+        data = [dumps(job, common(jobs), sent) for job in jobs]
+        return [len(d) for d in data], [Unpickler(io.BytesIO(d), received).load() for d in data]
 
     other = {"a": torch.arange(2000.0, 3000.0)}
     for model in ({"a": torch.arange(1000.0), "b": torch.ones(3, 4)[:, 1:]}, other):
-        sizes, tasks = passed(model)
+        sizes, jobs = passed(model)
         assert sizes[0] > 4000 > 2000 > max(sizes[1:])
-        for i, task in enumerate(tasks):
-            assert toy.same(task.down["model"], model)
-            assert toy.same(task.down["own"], own[i])
-            assert toy.same(task.state["model"], own[i])
+        for i, job in enumerate(jobs):
+            assert oracle.same(job.received["model"], model)
+            assert oracle.same(job.received["own"], own[i])
+            assert oracle.same(job.state["model"], own[i])
         assert len(received) == len(model)  # nothing of the round before, and nothing that is one client's
 
 
-def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first(toy):
-    arrays = toy.arrays((4, 9, 30))  # the largest is computed first
+def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first():
+    arrays = oracle.arrays((4, 9, 30))  # the largest is computed first
     arrays = [(x * torch.nan, *rest) for x, *rest in arrays]
     federation = pflbench.Federation.from_arrays(arrays, classes=3)
     serial = toy.run("fedavg", federation=federation)
@@ -357,7 +366,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path, children, alive, eventuall
 
             @pflbench.register("sleeper")
             class Sleeper(FedAvg):
-                def local_update(self, local, down, state):
+                def local_update(self, client, received, state):
                     os.write(1, b"working\\n")
                     time.sleep(120)
 
@@ -399,13 +408,14 @@ def test_the_data_is_shared_with_the_workers_and_not_copied():
     net = pflbench.Net(nn.Sequential(nn.Flatten(), nn.Linear(4096, 2)), nn.Linear(2, 2))
     used = []
 
-    def measure(row):
-        for child in multiprocessing.active_children():
-            lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
-            used.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
+    class Measure(pflbench.Observer):
+        def round(self, row):
+            for child in multiprocessing.active_children():
+                lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+                used.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
 
     spec = pflbench.RunSpec(algo="fedper", join_ratio=1.0, rounds=2, local_epochs=1, batch_size=500, lr=1e-4)
-    pflbench.run(spec, federation, net, workers=3, on_round=measure)
+    pflbench.run(spec, federation, net, workers=3, observers=[Measure()])
     assert len(used) == 2 * 3
     assert max(used) < 0.5 * megabytes
 
@@ -420,13 +430,13 @@ class _Case:
 @pytest.mark.parametrize(
     "case", [_Case("threads", None, "choose from"), _Case("processes", 0, ">= 1"), _Case("serial", -1, ">= 1")]
 )
-def test_an_unknown_executor_or_too_few_workers_are_refused(toy, case):
+def test_an_unknown_executor_or_too_few_workers_are_refused(case):
     with pytest.raises(pflbench.UsageError, match=case.message):
         toy.run("fedavg", executor=case.executor, workers=case.workers)
 
 
 @pytest.mark.parametrize(("algo", "tests"), [("local", 4 + 5), ("fedas", 4 + 5), ("fedper", 4 * 6), ("fedavg", 4 * 6)])
-def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the_same(toy, monkeypatch, algo, tests):
+def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the_same(monkeypatch, algo, tests):
     settings = {"join_ratio": 0.25, "rounds": 6, "federation": toy.federation(SIZES)}
     tested = []
     test = evaluation.test
@@ -435,9 +445,7 @@ def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the
     assert len(tested) == tests  # of FedAS and Local: all, then one participant a round
 
     serial = iter(range(10**6))
-    monkeypatch.setattr(
-        "pflbench.engine.executors.fingerprint", lambda *_: str(next(serial))
-    )  # nothing is ever the same
+    monkeypatch.setattr("pflbench.engine.work.fingerprint", lambda *_: str(next(serial)))  # nothing is ever the same
     tested.clear()
     assert _prints(toy.run(algo, **settings)) == _prints(record)
     assert len(tested) == 4 * 6 * (2 if algo == "fedavg" else 1)

@@ -1,4 +1,4 @@
-"""A method in somebody else's package: tests/plugin_example, the example of docs/adding-an-algorithm.md."""
+"""A method in somebody else's package: tests/plugin_example, of which docs/adding-an-algorithm.md tells."""
 
 import json
 import os
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy
 from PIL import Image
 
 import pflbench
 from pflbench.core import registry
+from pflbench.store import states
 
 EXAMPLE = Path(__file__).parent / "plugin_example"
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
@@ -49,8 +51,8 @@ def call(tmp_path: Path, installed: Path) -> Callable[..., subprocess.CompletedP
 
 def test_it_is_the_documented_one() -> None:
     text = (EXAMPLE.parents[1] / "docs" / "adding-an-algorithm.md").read_text(encoding="utf-8")
-    for file in ("pflbench_fedtrim.py", "pyproject.toml"):
-        assert (EXAMPLE / file).read_text(encoding="utf-8") in text
+    assert (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8") in text
+    assert "`tests/plugin_example` is this very package" in text
 
 
 def test_it_is_listed_without_being_imported(call: Callable[..., Any]) -> None:
@@ -104,16 +106,63 @@ def method(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[pf
 
 
 def test_it_does_what_it_says(method: type[pflbench.Algorithm]) -> None:
-    ups = [
-        pflbench.Message({"model": {"w": torch.tensor(values)}}, weight)
-        for values, weight in [([1.0, 9.0], 5.0), ([2.0, 100.0], 1.0), ([6.0, 8.0], 1.0), ([-50.0, 1.0], 1.0)]
+    sent = [([1.0, 9.0], 5.0), ([2.0, 100.0], 1.0), ([6.0, 8.0], 1.0), ([-50.0, 1.0], 1.0)]
+    uploads = [
+        pflbench.Upload({"model": {"w": torch.tensor(values)}}, weight, client=i)
+        for i, (values, weight) in enumerate(sent)
     ]
-    server = {"model": {"w": torch.zeros(2)}}
-    assert method(trim=0.25).aggregate(server, ups)["model"]["w"].tolist() == [1.5, 8.5]
-    assert method(trim=0.24).aggregate(server, ups)["model"]["w"].tolist() == [-10.25, 29.5]
-    assert method().aggregate(server, ups[:1])["model"]["w"].tolist() == [1.0, 9.0]
+    model = {"w": torch.zeros(2)}
+    round_ = pflbench.Round(1, (0, 1, 2, 3), pflbench.Setup(clients=4, classes=2, features=0, model=model))
+
+    def trimmed(uploads: list[pflbench.Upload], **hyper: float) -> list[float]:
+        found: list[float] = method(**hyper).aggregate(round_, {"model": model}, uploads)["model"]["w"].tolist()
+        return found
+
+    assert trimmed(uploads, trim=0.25) == [1.5, 8.5]
+    assert trimmed(uploads, trim=0.24) == [-10.25, 29.5]
+    assert trimmed(uploads[:1]) == [1.0, 9.0]
     with pytest.raises(pflbench.UsageError, match=re.escape("trim: 0.5 is out of bounds; it must be >= 0, <= 0.49")):
         method(trim=0.5)
+
+
+@pytest.mark.parametrize("executor", ["serial", "processes"])
+def test_its_server_reads_every_tensor_of_every_upload_once(
+    method: type[pflbench.Algorithm], executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop over names and uploads needs no more than that, though uploads lie in files."""
+    read: list[tuple[str, str]] = []
+
+    class Counted:
+        def __init__(self, path: Path, framework: str) -> None:
+            self.file, self.path = safe_open(path, framework), path
+
+        def __enter__(self) -> "Counted":
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            if self.path.name.startswith("upload-"):
+                read.append((self.path.name, name))
+            tensor: torch.Tensor = self.file.get_tensor(name)
+            return tensor
+
+    safe_open = states.safe_open
+    monkeypatch.setattr(states, "safe_open", Counted)
+    clients = 3
+    spec = toy.spec("fedtrim", {"trim": 0.34}, clients=clients, rounds=1)
+    record = pflbench.run(spec, toy.federation((7, 4, 5)), toy.net(), executor=executor, workers=2, out=tmp_path)
+    names = [f"model/{name}" for name in toy.initial()]
+    assert sorted(read) == sorted((f"upload-{i:06}-0.safetensors", name) for i in range(clients) for name in names)
+    assert (
+        record.fingerprints["states"]
+        == pflbench.run(spec, toy.federation((7, 4, 5)), toy.net(), executor="serial").fingerprints["states"]
+    )
 
 
 def declare(folder: Path, package: str, entry: str) -> Path:
@@ -145,7 +194,7 @@ def test_a_name_that_is_taken(call: Callable[..., Any], tmp_path: Path, entry: s
 def test_a_module_that_registers_another_name(call: Callable[..., Any], tmp_path: Path) -> None:
     other = declare(tmp_path / "other", "other", "fedother = wrong_name")
     (other / "wrong_name.py").write_text(
-        "from pflbench import Algorithm, register\n\n\n@register('fedoter')\nclass FedOther(Algorithm):\n    pass\n"
+        "from pflbench.core import Algorithm, register\n\n\n@register('fedoter')\nclass Other(Algorithm):\n    pass\n"
     )
     done = call("describe", "fedother", path=(other,))
     assert (done.returncode, done.stdout) == (2, "")

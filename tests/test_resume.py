@@ -1,4 +1,4 @@
-"""Runs that are killed, and go on."""
+"""Runs that are killed, and continue."""
 
 import ctypes
 import hashlib
@@ -15,12 +15,13 @@ import time
 
 import pytest
 import torch
+import toy
 
 import pflbench
 import pflbench.engine.evaluation
 from pflbench import RunError
 from pflbench.core import registry
-from pflbench.store.checkpoint import Checkpoint, checkpoints, load_state, save_state
+from pflbench.store.checkpoint import Checkpoint, checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 METHODS = [*sorted(registry.algorithms()), "fedas in-place"]
@@ -28,7 +29,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
-def start(toy, tmp_path):
+def start(tmp_path):
     """Run a method on a toy federation, into a folder by name."""
 
     def run(algo, out, rounds=8, eval_every=2, **settings):
@@ -45,21 +46,35 @@ def start(toy, tmp_path):
 
 def result(record):
     """All bytes that must not depend on what happened on the way."""
-    rounds = [json.loads(line) for line in (record.path / "rounds.jsonl").read_text().splitlines()]
+    names = sorted(str(p.relative_to(record.path)) for p in record.path.rglob("*"))
+    logs = [
+        [json.loads(line) for line in (record.path / name).read_text().splitlines()]
+        for name in ("rounds.jsonl", "evaluations.jsonl")
+    ]
+    timeless = [[{**row, "seconds": None, "busy_seconds": None} for row in rows] for rows in logs]
     states = {p.name: p.read_bytes() for p in (record.path / "checkpoint").glob("*.safetensors")}
     clients = (record.path / "clients.parquet").read_bytes()
-    return [{**r, "seconds": None, "busy_seconds": None} for r in rounds], states, clients, record.fingerprints
+    return names, timeless, states, clients, record.fingerprints
+
+
+class Seen(pflbench.Observer):
+    """Notes the numbers of the rounds that are trained, and of those that are evaluated."""
+
+    def __init__(self):
+        self.rounds = []
+        self.evaluations = []
+
+    def round(self, row):
+        self.rounds.append(row["round"])
+
+    def evaluation(self, row):
+        self.evaluations.append(row["round"])
 
 
 def interrupt(start, out, **settings):
     """Leave a run with checkpoints of rounds 4 and 5 behind."""
-
-    def stop(row):
-        if row["round"] == 5:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        start("fedas", out, on_round=stop, **settings)
+        start("fedas", out, observers=[toy.Stop(5)], **settings)
 
 
 def forked(start, algo, out, **settings):
@@ -78,8 +93,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_never_wa
     assert timed.exitcode == 0
     seconds = time.monotonic() - began
     draw = random.Random(algo)
-    kills = 0
-    for _ in range(12):
+    kills = attempts = 0
+    while attempts < 12 or (kills < 3 and attempts < 60):  # the machine's speed may change meanwhile
+        attempts += 1
         settings = {"resume": True, "checkpoint_every": draw.choice([1, 1, 2, 3])}
         child = FORK.Process(target=forked, args=(start, algo, "killed"), kwargs=settings)
         child.start()
@@ -87,13 +103,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_never_wa
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
-        if child.exitcode == 0:  # it was done: begin again
+        if child.exitcode == 0:  # it was done: restart
             shutil.rmtree(tmp_path / "killed")
     assert kills >= 3
     assert result(start(algo, "killed", resume=True)) == whole
 
 
-def test_a_run_killed_while_workers_compute_goes_on_with_other_workers(start):
+def test_a_run_killed_while_workers_compute_continues_with_other_workers(start):
     whole = result(start("fedas", "whole"))
     interrupt(start, "killed", executor="processes", workers=2)
     assert result(start("fedas", "killed", resume=True, executor="processes", workers=3)) == whole
@@ -101,28 +117,76 @@ def test_a_run_killed_while_workers_compute_goes_on_with_other_workers(start):
 
 def test_what_was_done_is_not_done_again(start):
     interrupt(start, "out")
-    seen = []
-    start("fedas", "out", resume=True, on_round=lambda row: seen.append(row["round"]))
-    assert seen == [6, 7, 8]
+    seen = Seen()
+    start("fedas", "out", resume=True, observers=[seen])
+    assert seen.rounds == [6, 7, 8]
+    assert seen.evaluations == [6, 8]
 
 
-def test_without_resume_an_interrupted_run_starts_anew(start):
+def test_without_resume_an_interrupted_run_restarts_from_round_1(start):
     interrupt(start, "out")
-    seen = []
-    start("fedas", "out", on_round=lambda row: seen.append(row["round"]))
-    assert seen == list(range(1, 9))
+    seen = Seen()
+    start("fedas", "out", observers=[seen])
+    assert seen.rounds == list(range(1, 9))
+    assert seen.evaluations == [2, 4, 6, 8]
 
 
 def test_resume_of_nothing_starts_and_of_a_finished_run_shows_it(start):
     first = start("fedper", "out", resume=True)
     assert len(first.rounds) == 8
-    assert start("fedper", "out", resume=True, on_round=lambda row: pytest.fail("computed")).rounds == first.rounds
+    seen = Seen()
+    assert start("fedper", "out", resume=True, observers=[seen]).rounds == first.rounds
+    assert seen.rounds == seen.evaluations == []
+
+
+@pytest.mark.parametrize(("number", "every", "evaluated"), [(4, 1, [4, 6, 8]), (5, 1, [6, 8]), (5, 4, [4, 6, 8])])
+def test_the_evaluation_that_is_pending_follows_from_the_rounds_and_evaluations_that_are_kept(
+    start, number, every, evaluated
+):
+    """After round 4, its evaluation runs beside the training of round 5."""
+    whole = result(start("fedas", "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        start("fedas", "out", observers=[toy.Stop(number)], checkpoint_every=every)
+    seen = Seen()
+    assert result(start("fedas", "out", resume=True, observers=[seen])) == whole
+    assert seen.evaluations == evaluated
+    assert seen.rounds == list(range(number // every * every + 1, 9))
+
+
+def test_a_run_whose_last_evaluation_is_missing_trains_no_round_again(start):
+    whole = result(start("fedas", "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        start("fedas", "out", observers=[toy.Stop(8)])
+    seen = Seen()
+    assert result(start("fedas", "out", resume=True, observers=[seen])) == whole
+    assert (seen.rounds, seen.evaluations) == ([], [8])
+
+
+def test_uploads_lie_in_files_by_client_and_exchange_until_the_next_checkpoint(start, tmp_path):
+    names = []
+
+    class Look(pflbench.Observer):
+        def round(self, row):
+            (folder,) = tmp_path.glob("out/*.partial/checkpoint")
+            names.append(sorted(p.name for p in folder.glob("upload-*")))
+            participants.append(row["participants"])
+
+    participants = []
+    start("fedas in-place", "out", observers=[Look()], checkpoint_every=8)
+    seen = set()
+    for found, cohort in zip(names[:-1], participants, strict=False):
+        seen |= {f"upload-{client:06}-0.safetensors" for client in cohort}
+        assert found == sorted(seen)
+    assert names[-1] == []
 
 
 def test_two_checkpoints_are_kept_and_no_file_that_neither_names(start, tmp_path):
     interrupt(start, "out")
     (folder,) = tmp_path.glob("out/*.partial/checkpoint")
     found = checkpoints(folder)
+    assert {p.name for p in folder.parent.iterdir() if p.is_file()} == {
+        "rounds.jsonl", "evaluations.jsonl", "clients.jsonl",
+    }  # fmt: skip
     assert [p.name for p in found] == ["000005.json", "000004.json"]
     named = {saved.file for path in found for saved in Checkpoint.read(path).files()}
     assert {p.name for p in folder.glob("*.safetensors")} == named
@@ -158,23 +222,29 @@ def test_with_no_good_checkpoint_there_is_a_clear_error_and_no_silent_restart(st
     interrupt(start, "out")
     (folder,) = tmp_path.glob("out/*.partial/checkpoint")
     truncate(folder / "initial.safetensors")
-    with pytest.raises(RunError, match="no checkpoint that can be used; --force starts anew"):
+    with pytest.raises(RunError, match="no checkpoint that can be used; --force starts from round 1"):
         start("fedas", "out", resume=True)
     assert len(start("fedas", "out", force=True).rounds) == 8
 
 
-def test_a_log_that_was_changed_is_found_out(start, tmp_path):
+LOGS = pytest.mark.parametrize("name", ["rounds.jsonl", "evaluations.jsonl", "clients.jsonl"])
+
+
+@LOGS
+def test_a_log_that_was_changed_is_found_out(start, tmp_path, name):
     interrupt(start, "out")
-    (log,) = tmp_path.glob("out/*.partial/rounds.jsonl")
+    (log,) = tmp_path.glob(f"out/*.partial/{name}")
+    assert '"round": 2' in log.read_text()
     log.write_text(log.read_text().replace('"round": 2', '"round": 3'))
     with pytest.raises(RunError, match="no checkpoint that can be used"):
         start("fedas", "out", resume=True)
 
 
-def test_a_torn_last_line_is_cut_off(start, tmp_path):
+@LOGS
+def test_a_torn_last_line_is_cut_off(start, tmp_path, name):
     whole = result(start("fedas", "whole"))
     interrupt(start, "out")
-    (log,) = tmp_path.glob("out/*.partial/rounds.jsonl")
+    (log,) = tmp_path.glob(f"out/*.partial/{name}")
     with log.open("a") as file:
         file.write('{"round": 6, "partici')
     assert result(start("fedas", "out", resume=True)) == whole
@@ -182,8 +252,8 @@ def test_a_torn_last_line_is_cut_off(start, tmp_path):
 
 def test_other_versions_are_refused_by_name(start, monkeypatch):
     interrupt(start, "out")
-    monkeypatch.setattr("pflbench.engine.engine.versions", lambda: {"torch": "0.0"})
-    with pytest.raises(RunError, match="torch changed since it was written; --force starts anew"):
+    monkeypatch.setattr("pflbench.engine.runner.versions", lambda: {"torch": "0.0"})
+    with pytest.raises(RunError, match="torch changed since it was written; --force starts from round 1"):
         start("fedas", "out", resume=True)
 
 
@@ -204,7 +274,7 @@ def failure(work):
 
 
 def test_a_state_that_cannot_be_written_is_one_clear_line_and_what_was_written_is_good(start, tmp_path):
-    """RLIMIT_FSIZE stands for the full disk: the system refuses to write on."""
+    """RLIMIT_FSIZE stands for the full disk: the system refuses to write more."""
     whole = result(start("fedas", "whole"))
 
     def limited(pipe):
@@ -279,20 +349,28 @@ def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_n
     """One process for each file that is opened, renamed or removed, which it is killed at; then it is resumed."""
     settings = {"rounds": 3, "eval_every": eval_every, "checkpoint_every": every}
     if poisoned:  # the evaluation of the second round diverges
-        update = registry.algorithm("fedas").personalised
+        update = registry.algorithm("fedas").personalise
 
-        def personalised(self, local, down, state):
-            own = update(self, local, down, state)
-            return {n: p * torch.nan for n, p in own.items()} if local._key[0] == 2 else own
+        def personalise(self, client, received, state):
+            own = update(self, client, received, state)["model"]
+            return {"model": {n: p * torch.nan for n, p in own.items()} if client._key[0] == 2 else own}
 
-        monkeypatch.setattr(registry.algorithm("fedas"), "personalised", personalised)
-    record = start("fedas", "whole", **settings)
-    assert record.status == ("diverged" if poisoned else "finished")
+        monkeypatch.setattr(registry.algorithm("fedas"), "personalise", personalise)
+    killed_at_every_write(start, tmp_path, "fedas", diverges=poisoned, **settings)
+
+
+def test_a_run_with_several_exchanges_a_round_survives_a_kill_before_any_of_its_writes(start, tmp_path, twice):
+    killed_at_every_write(start, tmp_path, twice, rounds=3, eval_every=1)
+
+
+def killed_at_every_write(start, tmp_path, algo, *, diverges=False, **settings):
+    record = start(algo, "whole", **settings)
+    assert record.status == ("diverged" if diverges else "finished")
     whole = result(record)
 
     def killed(number):
         kill_at(number, tmp_path / "out")
-        forked(start, "fedas", "out", **settings)
+        forked(start, algo, "out", **settings)
 
     number = 0
     while True:
@@ -301,7 +379,7 @@ def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_n
         child.start()
         child.join(60)
         assert child.exitcode in (0, -signal.SIGKILL)
-        assert result(start("fedas", "out", resume=True, **settings)) == whole, f"killed at change {number}"
+        assert result(start(algo, "out", resume=True, **settings)) == whole, f"killed at change {number}"
         shutil.rmtree(tmp_path / "out")
         if child.exitcode == 0:
             break
@@ -343,14 +421,15 @@ def test_a_checkpoint_that_leads_elsewhere_is_refused_and_nothing_there_is_touch
     assert victim.read_bytes() == before
 
 
-def test_a_log_that_is_shorter_than_the_checkpoint_says_and_a_renamed_checkpoint_are_found_out(start, tmp_path):
+@LOGS
+def test_a_log_that_is_shorter_than_the_checkpoint_says_and_a_renamed_checkpoint_are_found_out(start, tmp_path, name):
     interrupt(start, "out")
     (folder,) = tmp_path.glob("out/*.partial/checkpoint")
     newest, older = checkpoints(folder)
     older.rename(folder / "000009.json")
     outer = json.loads(newest.read_text())
     content = json.loads(outer["content"])
-    content["logs"]["rounds.jsonl"][0] += 1
+    content["logs"][name][0] += 1
     text = json.dumps(content)
     newest.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
     with pytest.raises(RunError, match="no checkpoint that can be used"):
@@ -368,33 +447,18 @@ def test_nothing_in_a_run_folder_is_unpickled(start, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_saved_state_comes_back_with_its_empty_parts_and_shared_tensors(tmp_path):
-    shared = torch.arange(6.0).view(2, 3)
-    state = {"model": {"a": shared, "b": shared}, "none": {}, "turned": {"c": shared.t()}}
-    saved = save_state(state, tmp_path, "s.safetensors")
-    back = load_state(tmp_path / saved.file)
-    assert back.keys() == state.keys()
-    assert back["none"] == {}
-    assert torch.equal(back["model"]["b"], shared)
-    assert torch.equal(back["turned"]["c"], shared.t())
-
-
-def test_a_forced_run_that_was_interrupted_goes_on_and_force_always_starts_anew(start):
+def test_a_forced_run_that_was_interrupted_is_resumed_and_force_always_restarts(start):
     whole = result(start("fedas", "out"))
-    seen = []
-
-    def note(row):
-        seen.append(row["round"])
-
+    seen = Seen()
     interrupt(start, "out", force=True)
-    start("fedas", "out", on_round=note)
-    assert seen == []  # the old record still stands
-    assert result(start("fedas", "out", resume=True, on_round=note)) == whole
-    assert seen == [6, 7, 8]
+    start("fedas", "out", observers=[seen])
+    assert seen.rounds == []  # the old record still stands
+    assert result(start("fedas", "out", resume=True, observers=[seen])) == whole
+    assert seen.rounds == [6, 7, 8]
     interrupt(start, "out", force=True)
-    seen.clear()
-    assert result(start("fedas", "out", force=True, resume=True, on_round=note)) == whole
-    assert seen == list(range(1, 9))
+    seen.rounds.clear()
+    assert result(start("fedas", "out", force=True, resume=True, observers=[seen])) == whole
+    assert seen.rounds == list(range(1, 9))
 
 
 def test_states_are_checked_when_a_record_is_read(start):
@@ -404,27 +468,29 @@ def test_states_are_checked_when_a_record_is_read(start):
         pflbench.Record.load(record.path).load_states()
 
 
-def test_divergence_in_an_evaluation_leaves_the_states_that_were_tested(start, monkeypatch):
+def test_divergence_in_an_evaluation_leaves_the_states_that_were_evaluated(start, monkeypatch):
     test = pflbench.engine.evaluation.test
-    done = []
+    seen = Seen()
     poison = (0, float("nan"))
-    monkeypatch.setattr("pflbench.engine.evaluation.test", lambda *args: poison if len(done) == 3 else test(*args))
-    record = start("fedavg-ft", "bad", on_round=done.append)
+
+    def poisoned(*args):
+        return poison if seen.rounds == [1, 2, 3, 4] else test(*args)
+
+    monkeypatch.setattr("pflbench.engine.evaluation.test", poisoned)
+    record = start("fedavg-ft", "bad", observers=[seen])
     assert record.status == "diverged"
     assert record.reason == "round 4: client 0: the loss on the test data is nan; lower lr"
-    assert [row["round"] for row in record.rounds] == [1, 2, 3]
+    assert [row["round"] for row in record.rounds] == [1, 2, 3, 4]
+    assert [row["round"] for row in record.evaluations] == seen.evaluations == [2]
+    assert {row["round"] for row in record.clients} == {2}
     saved = Checkpoint.read(checkpoints(record.path / "checkpoint")[0])
     assert saved.round == 4
     monkeypatch.undo()
-
-    def stop(row):
-        if row["round"] == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        start("fedavg-ft", "short", on_round=stop)
+        start("fedavg-ft", "short", observers=[toy.Stop(4)])
     (folder,) = start.out.glob("short/*.partial/checkpoint")
-    assert Checkpoint.read(folder / "000004.json").server == saved.server
+    short = Checkpoint.read(folder / "000004.json")
+    assert (short.server, short.clients) == (saved.server, saved.clients)
 
 
 def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(start, tmp_path, monkeypatch):
@@ -444,14 +510,15 @@ def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(sta
         start("fedavg-ft", "out")
     monkeypatch.undo()
     (folder,) = tmp_path.glob("out/*.partial/checkpoint")
-    newest = Checkpoint.read(checkpoints(folder)[0])
-    assert newest.round == newest.untested["round"] == 4
+    assert Checkpoint.read(checkpoints(folder)[0]).round == 4
+    assert len((folder.parent / "rounds.jsonl").read_text().splitlines()) == 4
+    assert len((folder.parent / "evaluations.jsonl").read_text().splitlines()) == 1
     trained = []
     update = registry.algorithm("fedavg-ft").local_update
     monkeypatch.setattr(
-        registry.algorithm("fedavg-ft"),
-        "local_update",
-        lambda self, local, *args: trained.append(1) or update(self, local, *args),
+        registry.algorithm("fedavg-ft"), "local_update", lambda *args: trained.append(1) or update(*args)
     )
-    assert result(start("fedavg-ft", "out", resume=True)) == whole
+    seen = Seen()
+    assert result(start("fedavg-ft", "out", resume=True, observers=[seen])) == whole
     assert len(trained) == 4 * 2  # rounds 5 to 8
+    assert seen.evaluations == [4, 6, 8]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
+REMEDY = "continue a run with --resume, and a sweep by starting it again"
 
 
 def heed() -> None:
@@ -58,7 +59,7 @@ def test_interrupted(
     assert process.returncode == code
     assert out == ""
     lines = [line for line in err.splitlines() if line and not line.startswith("round ")]
-    assert lines == [f"Error: {word}; a run goes on with --resume"]
+    assert lines == [f"Error: {word}; {REMEDY}"]
     assert eventually(lambda: not alive(workers), seconds=10)
     assert not [path for path in (tmp_path / "runs").glob("[!.]*") if path.suffix != ".partial"]
 
@@ -117,7 +118,7 @@ def test_interrupted_while_processes_are_started(
 
 REPLACED = """
 import signal
-from pflbench.engine import engine
+from pflbench.engine import runner
 from pflbench.cli import main
 
 def run(*_args, **_options):
@@ -126,7 +127,7 @@ def run(*_args, **_options):
     except BaseException:
         raise ValueError from None  # so does torch's C++ at some places
 
-engine.run = run
+runner.run = run
 main()
 """
 
@@ -141,4 +142,4 @@ def test_interrupted_where_another_exception_comes_of_it(
         cwd=tmp_path, env=environment(), capture_output=True, text=True,
         preexec_fn=heed,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, f"Error: {word}; a run goes on with --resume\n")
+    assert (done.returncode, done.stderr) == (code, f"Error: {word}; {REMEDY}\n")

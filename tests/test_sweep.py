@@ -9,12 +9,15 @@ import sysconfig
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
 
-from pflbench import RunSpec, UsageError, datasets
-from pflbench.sweep.runner import Suite, labels, plan, suites
+from pflbench import RunSpec, UsageError, datasets, register
+from pflbench.sweep import runner
+from pflbench.sweep.runner import plan
+from pflbench.sweep.suite import Suite, labels, suites
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 
@@ -60,6 +63,14 @@ def test_a_methods_settings_override_the_base_and_its_set_is_of_hyperparameters(
         ({"grid": {"alpha": [0]}}, "alpha: 0", "must be > 0"),
         ({"grid": {"alpha": [1.0]}, "exclude": [{"aplha": 1.0}]}, "'aplha'", "did you mean 'alpha'?"),
         ({"grid": {"seed": [1]}, "base": {"ronds": 3}}, "'ronds'", "did you mean 'rounds'?"),
+        ({"algorithm": {"per_fedavg": {"lr": 1.0}}}, "algorithm 'per_fedavg'", "did you mean 'per-fedavg'?"),
+        ({"base": {"local-epochs": 1, "local_epochs": 2}}, "suite.toml: 'local_epochs'", "leave one out"),
+        ({"grid": {"local_epochs": [1], "local-epochs": [2]}}, "suite.toml: 'local-epochs'", "leave one out"),
+        ({"algorithm": {"fedas": {"batch-size": 1, "batch_size": 2}}}, "'batch_size'", "leave one out"),
+        ({"base": {"set": {"align-lr": 1.0, "align_lr": 2.0}}}, "'align_lr'", "leave one out"),
+        ({"grid": {"set": [{"align-lr": 1.0, "align_lr": 2.0}]}}, "'align_lr'", "leave one out"),
+        ({"include": [{"min-samples": 2, "min_samples": 3}]}, "'min_samples'", "leave one out"),
+        ({"exclude": [{"min-samples": 2, "min_samples": 3}]}, "'min_samples'", "leave one out"),
     ],
 )
 def test_what_a_suite_cannot_mean_is_one_clear_line(tables, value, remedy):
@@ -77,7 +88,7 @@ def test_the_ready_suites_are_what_their_names_say(name, runs):
 
     path = suites()[name]
     specs = Suite.from_toml(tomllib.loads(path.read_text()), path).specs()
-    assert len({s.id for s in specs}) == len(specs) == runs
+    assert len({json.dumps(s.to_dict()) for s in specs}) == len(specs) == runs
     assert {s.seed for s in specs} == {0, 1, 2}
     assert all(s.dataset == (name.removeprefix("paper-") if "-" in name else "synthetic10") for s in specs)
 
@@ -100,7 +111,7 @@ def test_a_plan_looks_at_each_dataset_once_under_the_name_it_was_given(monkeypat
 
     monkeypatch.setattr(datasets, "resolve", resolve)
     specs = [RunSpec(dataset=name, seed=seed) for name in ("folder:a", "folder:b") for seed in range(3)]
-    assert [s.dataset for s in plan(specs, tmp_path, print)] == ["folder:a@1234"] * 3 + ["folder:b@1234"] * 3
+    assert [run.spec.dataset for run in plan(specs, tmp_path, print)] == ["folder:a@1234"] * 3 + ["folder:b@1234"] * 3
     assert [name for name in seen if "@" not in name] == ["folder:a", "folder:b"]
 
 
@@ -141,7 +152,7 @@ def records(folder):
 def test_a_plan_is_shown_a_failing_run_stops_no_other_and_what_is_done_is_not_done_again(call, tmp_path):
     code, out, _ = end(call(*GRID, "--lr", "0.01", "--lr", "1e30", "--dry-run"))
     assert code == 0
-    assert "8 runs: 0 are there, 8 to do" in out
+    assert "8 runs: 0 recorded, 8 to do" in out
     assert not (tmp_path / "runs").exists()
     code, out, err = end(call(*GRID, "--lr", "0.01", "--lr", "1e30"))
     assert code == 1
@@ -157,17 +168,20 @@ def test_a_plan_is_shown_a_failing_run_stops_no_other_and_what_is_done_is_not_do
     assert (code, found["runs"], found["computed"], len(found["failed"])) == (1, 8, 0, 4)
     assert records(tmp_path / "runs") == before
     code, out, err = end(call(*GRID, "--lr", "0.01"))
-    assert (code, err.splitlines()) == (0, ["4 runs: 4 are there, 0 to do"])
+    assert (code, err.splitlines()) == (0, ["4 runs: 4 recorded, 0 to do"])
     made = next(path for path in (tmp_path / "runs").glob("*/run.json") if '"finished"' in path.read_text())
     text = made.read_text()
     made.write_text(text.replace('"numpy": "', '"numpy": "0.'))
     code, out, err = end(call(*GRID, "--lr", "0.01"))
     (note,) = [line for line in err.splitlines() if line.startswith("Note:")]
-    assert f"1 were made with other code ({made.parent.name} with numpy 0.{np.__version__} and not" in note
+    assert (
+        f"other code made 1 of the recorded runs (for example {made.parent.name}: numpy 0.{np.__version__} and not"
+        in note
+    )
     made.write_text(text)
     os.utime(made, ns=(before[made.parent.name],) * 2)
     code, out, err = end(call(*GRID, "--lr", "0.01", "--lr", "1e30", "--retry"))
-    assert (code, err.splitlines()[0]) == (1, "8 runs: 4 are there, 4 to do")
+    assert (code, err.splitlines()[0]) == (1, "8 runs: 4 recorded, 4 to do")
     after = records(tmp_path / "runs")
     again = {run for run in after if after[run] != before[run]}
     assert again == {line.split()[1] for line in err.splitlines() if line.startswith("failed: ")}
@@ -187,7 +201,7 @@ def test_an_interrupted_run_that_cannot_go_on_fails_until_the_sweep_is_told_to_r
         path.write_text("{}")
     code, _, err = end(call("--algo", "local", "--rounds", "40"))
     assert code == 1
-    assert "has no checkpoint that can be used; sweep --retry starts anew" in err
+    assert "has no checkpoint that can be used; sweep --retry starts from round 1" in err
     assert end(call("--algo", "local", "--rounds", "40", "--retry"))[0] == 0
     assert list(records(tmp_path / "runs")) == [partial.stem]
 
@@ -221,3 +235,89 @@ def test_two_sweeps_at_once_share_the_work_and_do_no_run_twice(call, tmp_path):
     assert len(runs) == 12
     done = [line.split()[1] for _, _, err in ended for line in err.splitlines()[1:]]
     assert sorted(done) == sorted(runs)
+
+
+SETTINGS = {
+    "algo": "fedavg", "model": "mlp", "clients": 3, "join_ratio": 1.0, "local_epochs": 1, "min_samples": 2, "alpha": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def planned(tree, tmp_path):
+    """Resolve a run over the small folder of images."""
+
+    def make(**more):
+        spec = RunSpec(**{**SETTINGS, "dataset": f"folder:{tree}", "rounds": 1, **more})
+        return plan([spec], tmp_path / "data", pytest.fail)
+
+    return make
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_failed_run_leaves_its_traceback_in_a_log_that_its_reason_names(planned, methods, tmp_path):
+    from pflbench.algorithms.fedavg import FedAvg
+
+    @register("broken")
+    class Broken(FedAvg):
+        def local_update(self, *args):
+            raise ZeroDivisionError("nothing to\n divide by")
+
+    runs = planned(algo="broken")
+    out = tmp_path / "runs"
+    failed = runner.compute(runs, out, jobs=1)
+    log = out / ".logs" / f"{runs[0].id}.log"
+    assert failed == {runs[0].id: f"ZeroDivisionError: nothing to divide by; {log} has the traceback"}
+    text = log.read_text()
+    assert 'raise ZeroDivisionError("nothing to\\n divide by")' in text
+    assert "In a worker, round 1, client" in text
+
+    register("broken")(type("Mended", (FedAvg,), {}))
+    assert runner.compute(planned(algo="broken"), out, jobs=1) == {}
+    assert not log.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_sweep_takes_no_lock_of_a_run_itself(planned, tmp_path, monkeypatch):
+    """A sweep that did would, for a moment, keep a run that starts from its lock."""
+    acquire, here, events = filelock.BaseFileLock.acquire, os.getpid(), []
+
+    def acquired(self, *args, **kw):
+        assert os.getpid() != here
+        return acquire(self, *args, **kw)
+
+    monkeypatch.setattr(filelock.BaseFileLock, "acquire", acquired)
+    assert runner.compute(planned(), tmp_path, jobs=1, on_event=events.append) == {}
+    assert [event.kind for event in events] == ["started", "round", "evaluation", "done"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
+@pytest.mark.parametrize(("number", "last"), [(signal.SIGCONT, "there"), (signal.SIGKILL, "done")])
+def test_a_sweep_waits_for_a_run_of_another_process(
+    planned, tree, tmp_path, monkeypatch, eventually, environment, number, last
+):
+    monkeypatch.setattr(runner, "_LOOK", 0.05)
+    monkeypatch.setattr(runner, "_PAUSES", (0.1, 0.2))
+    runs, out, events = planned(rounds=20), tmp_path / "runs", []
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    other = subprocess.Popen(
+        [PFLBENCH, "run", *options, f"--dataset=folder:{tree}", "--rounds=20", "--executor=serial", "--quiet",
+         f"--out={out}", f"--data-dir={tmp_path / 'data'}"],
+        env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert eventually(lambda: list(out.glob("*.partial/checkpoint/0*.json")), 60)
+        other.send_signal(signal.SIGSTOP)
+
+        def on_event(event):
+            events.append(event.kind)
+            if events == ["started"] * 3:  # it was busy twice
+                other.send_signal(number)
+
+        assert runner.compute(runs, out, jobs=1, on_event=on_event) == {}
+    finally:
+        other.kill()
+        other.wait()
+    assert events[-1] == last
+    assert list(records(out)) == [runs[0].id]
+    if number == signal.SIGCONT:
+        assert "round" not in events

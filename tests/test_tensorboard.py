@@ -25,7 +25,9 @@ def test_the_curves_are_those_of_the_record(tmp_path):
     record = Record.load(tmp_path / "runs" / folder.name)
     found = events.EventAccumulator(str(folder))
     found.Reload()
-    assert [(e.step, e.value) for e in found.Scalars("accuracy")] == [(2, pytest.approx(record.rounds[1]["accuracy"]))]
+    assert [(e.step, e.value) for e in found.Scalars("accuracy")] == [
+        (2, pytest.approx(record.evaluations[0]["accuracy"]))
+    ]
     assert [e.value for e in found.Scalars("train_loss")] == pytest.approx([r["train_loss"] for r in record.rounds])
 
 

@@ -1,8 +1,8 @@
-"""What a run shows while it goes on, and when it is done."""
+"""What a run or a sweep shows: progress, and a table at the end."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import rich.box
 from rich.console import Console
@@ -10,19 +10,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from pflbench.core import registry
+from pflbench.engine.observers import Observer
 from pflbench.spec import RunSpec
-from pflbench.store.record import Record
-from pflbench.sweep.runner import Event, labels
+from pflbench.sweep.suite import labels
+
+if TYPE_CHECKING:
+    from pflbench.engine.experiment import Experiment
+    from pflbench.store.record import Record
+    from pflbench.sweep.runner import Event
 
 
-class Progress:
+def console() -> Console:
+    """Return standard output for tables, which are not folded where it is no terminal."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = 200
+    return found
+
+
+class Progress(Observer):
     """A bar on a terminal, plain lines elsewhere (both on standard error), nothing when `quiet`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.started = False
         self._quiet = quiet
         self._rounds = 0
-        self._accuracy = ""
+        self._waiting: tuple[str, int] | None = None
         self._console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("round"),
@@ -36,41 +50,50 @@ class Progress:
             disable=quiet or not self._console.is_terminal,
         )
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        """End the bar."""
+        self._flush()
+        self._bar.stop()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.started:
-            self._bar.stop()
-
-    def start(self, spec: RunSpec) -> None:
-        """Show what is run, before the first round (and after the workers were forked: the bar has a thread)."""
+    def start(self, experiment: "Experiment") -> None:
+        """Show which run begins. The workers are forked already: the bar has a thread."""
         self.started = True
+        spec = experiment.spec
         self._rounds = spec.rounds
         if not self._quiet:
-            text = f"{spec.algo} on {spec.dataset}: {spec.describe_partition()}, {spec.joining} a round"
+            text = f"{_name(spec)}, {spec.joining} a round"
             self._console.print(text, highlight=False, soft_wrap=True)
         self._bar.start()
         self._bar.add_task("", total=self._rounds, accuracy="")
 
     def round(self, row: dict[str, Any]) -> None:
-        """Show one line of rounds.jsonl."""
-        if "accuracy" in row:
-            self._accuracy = percent(row["accuracy"])
-        self._bar.update(self._bar.task_ids[0], completed=row["round"], accuracy=self._accuracy)
-        if self._bar.disable and not self._quiet:
-            done = f"round {row['round']}/{self._rounds}  accuracy {self._accuracy or '-'}  {row['seconds']:.1f} s"
-            self._console.print(done, highlight=False, soft_wrap=True)
+        """Show a round of training. Where there is no bar, its line waits for the evaluation, which comes later."""
+        self._bar.update(self._bar.task_ids[0], completed=row["round"])
+        self._flush()
+        self._waiting = f"{row['seconds']:.1f} s", row["round"]
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Show the accuracy after a round."""
+        accuracy = percent(row["accuracy"])
+        self._bar.update(self._bar.task_ids[0], accuracy=accuracy)
+        self._flush(accuracy)
+
+    def _flush(self, accuracy: str = "-") -> None:
+        """Print the line that waits, if any."""
+        if self._waiting is not None and self._bar.disable and not self._quiet:
+            seconds, number = self._waiting
+            text = f"round {number}/{self._rounds}  accuracy {accuracy}  {seconds}"
+            self._console.print(text, highlight=False, soft_wrap=True)
+        self._waiting = None
 
 
 class Sweeping:
-    """One display for all runs of a sweep: a bar over their rounds, and a line for each run that ends."""
+    """The display of a sweep: a bar over the rounds of all runs, and a line for each run that ends."""
 
-    def __init__(self, specs: Sequence[RunSpec], found: Mapping[str, str | None], *, quiet: bool) -> None:
-        self._label = {spec.id: text for spec, text in zip(specs, labels(specs), strict=True)}
-        self._left = [spec for spec in specs if found[spec.id] is None]
+    def __init__(self, runs: "Sequence[Experiment]", found: Mapping[str, str | None], *, quiet: bool) -> None:
+        texts = labels([run.spec for run in runs])
+        self._label = {run.id: text for run, text in zip(runs, texts, strict=True)}
+        self._left = [run for run in runs if found[run.id] is None]
         self._accuracy: dict[str, float] = {}
         self._ended = 0
         self._quiet = quiet
@@ -86,13 +109,13 @@ class Sweeping:
             disable=quiet or not self._console.is_terminal,
         )
         if not quiet:
-            self._print(f"{len(specs)} runs: {len(specs) - len(self._left)} are there, {len(self._left)} to do")
+            self._print(counts(found))
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
-        total = sum(spec.rounds for spec in self._left)
+        total = sum(run.spec.rounds for run in self._left)
         self._task = self._bar.add_task("", total=total, runs=f"0/{len(self._left)}")
         return self
 
@@ -101,15 +124,16 @@ class Sweeping:
     ) -> None:
         self._bar.stop()
 
-    def event(self, event: Event) -> None:
+    def event(self, event: "Event") -> None:
         """Show what happened to a run."""
-        run = event.spec.id
+        run = event.run.id
         if event.kind == "started":
-            self._bar.start()  # a thread: after the first fork
+            self._bar.start()  # it has a thread, so it starts after the first fork
         elif event.kind == "round":
-            assert event.row is not None  # noqa: S101
-            self._accuracy[run] = event.row.get("accuracy", self._accuracy.get(run))
             self._bar.advance(self._task)
+        elif event.kind == "evaluation":
+            assert event.row is not None  # noqa: S101
+            self._accuracy[run] = event.row["accuracy"]
         else:
             self._ended += 1
             self._bar.update(self._task, runs=f"{self._ended}/{len(self._left)}")
@@ -118,17 +142,23 @@ class Sweeping:
                 self._print(f"{self._ended}/{len(self._left)}  {run}  {self._label[run]}  {how}")
 
 
+def counts(found: Mapping[str, str | None]) -> str:
+    """Return in words how many runs have a record: `found` has each run's status, None without a record."""
+    missing = sum(status is None for status in found.values())
+    return f"{len(found)} runs: {len(found) - missing} recorded, {missing} to do"
+
+
 def percent(value: float | None) -> str:
     """Return a fraction as text, in percent."""
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def table(record: Record) -> None:
-    """Print the short table that ends a run."""
+def table(record: "Record") -> None:
+    """Print the results of a run."""
     summary = record.summary
     spec = record.spec
     out = Table(
-        title=f"{spec.algo} on {spec.dataset}: {spec.describe_partition()}, seed {spec.seed}",
+        title=f"{_name(spec)}, seed {spec.seed}",
         title_justify="left",
         box=rich.box.SIMPLE_HEAD,
     )
@@ -154,3 +184,7 @@ def table(record: Record) -> None:
     console = Console()
     console.print(out)
     console.print(f"record: {record.path}", highlight=False, soft_wrap=True)
+
+
+def _name(spec: RunSpec) -> str:
+    return f"{registry.title(spec.algo)} on {spec.dataset}: {spec.describe_partition()}"

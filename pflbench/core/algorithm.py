@@ -4,116 +4,219 @@ An instance holds its hyperparameters and nothing else. Inputs are values: no fu
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
 
 from pflbench import settings
 from pflbench.core import params
-from pflbench.core.params import Params, State, merge
+from pflbench.core.params import Params, State, average
+from pflbench.errors import MethodError, UsageError
+from pflbench.rng import rng
 
 if TYPE_CHECKING:
-    from pflbench.core.client import Local
+    from pflbench.core.client import Client
+    from pflbench.core.device import Replica
 
-__all__ = ["Algorithm", "Message", "Params", "State", "merge"]
+
+class Parts(dict[str, Any]):
+    """A state or a message by part. A part that is missing is an error that names those that there are."""
+
+    def __init__(self, parts: Mapping[str, Any], owner: str) -> None:
+        super().__init__(parts)
+        self._owner = owner
+
+    def __missing__(self, part: str) -> Any:
+        raise missing(part, self, self._owner)
+
+
+def missing(part: str, parts: Iterable[str | int], owner: str) -> MethodError:
+    """Return the error for a part that `owner`, such as "the message", does not have."""
+    return MethodError(f"{owner} has no part {part!r}; its parts are: {', '.join(map(str, parts)) or 'none'}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What crosses the network: parameters by part and name, and the sender's weight in the aggregation.
+    """What crosses the network: a state, and in an upload the client's weight in the aggregation.
 
-    `sender` is the client's number in uploads as the server gets them, written there by the harness.
+    `message["model"]` is a part of the content. Raises `MethodError` for a part that is missing.
     """
 
-    tensors: Mapping[str, Params]
+    content: State
     weight: float = 1.0
-    sender: int | None = None
 
-    def __getitem__(self, part: str) -> Params:
-        return self.tensors[part]
+    def __getitem__(self, part: str) -> Any:
+        try:
+            return self.content[part]
+        except KeyError:
+            raise missing(part, self.content, "the message") from None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors: the communication cost. The weight, one number, is not counted."""
-        return params.nbytes(self.tensors.values())
+        """Bytes of the tensors and numbers: the communication cost. The weight, one number, is not counted."""
+        return params.nbytes(self.content)
 
 
+@dataclasses.dataclass(frozen=True)
+class Upload(Message):
+    """A message to the server, and the client that sent it."""
+
+    client: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What server and clients know before the first round.
+
+    `clients` and `classes` are how many there are, `features` is the length of a feature vector (0 where features are
+    no vectors). `model` has the common initial parameters and buffers, in the network's order; `buffers` the names of
+    those that have no gradient.
+    """
+
+    clients: int
+    classes: int
+    features: int
+    model: Params = dataclasses.field(repr=False)
+    buffers: frozenset[str] = frozenset()
+    seed: int = 0
+    draw: Callable[[int], Params] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def fresh(self, *key: str | int) -> Params:
+        """Return other initial parameters, the same for the same `key`. Raises `MethodError` if none can be drawn."""
+        if self.draw is None:
+            raise MethodError("this network's initial parameters are given; no others can be drawn")
+        return self.draw(int(self.rng("fresh", *key).randint(2**31)))
+
+    def rng(self, *key: str | int) -> np.random.RandomState:
+        """Return a generator for what a method draws once for all rounds: the same for the same `key`."""
+        return rng(self.seed, "setup", *key)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros of the network's number format."""
+        return next(iter(self.model.values())).new_zeros(shape)
+
+    def trainable(self, model: Params) -> Params:
+        """Return the parameters of `model` that have gradients, in the network's order: all but its buffers."""
+        return {name: model[name] for name in self.model if name in model and name not in self.buffers}
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What the server knows in a round: its number (1, 2, ...), the clients that take part, and the setup."""
+
+    number: int
+    cohort: tuple[int, ...]
+    setup: Setup
+
+    def rng(self, *key: str | int) -> np.random.RandomState:
+        """Return a generator for what the server draws in this round: the same for the same `key`."""
+        return rng(self.setup.seed, "server", self.number, *key)
+
+
+class Cohort(Protocol):
+    """The clients of a round. The harness runs them in parallel, counts bytes, and keeps their states."""
+
+    def update(self, server: State, clients: Sequence[int] | None = None) -> list[Upload]:
+        """Return the uploads of `clients`, by default of the whole cohort, in the order of their numbers.
+
+        Each is sent `Algorithm.broadcast` of the `server` state and does its `Algorithm.local_update`.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """Base of all methods.
+    """Base of all methods. A method is a frozen dataclass: its fields, made by `setting`, are its hyperparameters.
 
-    The server has one model, less what is personal; a client keeps what is personal. A method overrides what its paper
-    changes. Docstrings of methods have the lines `Paper:`, `Personal:`, `Evaluated:` and, where there are any,
+    The server has one model, without what is personal; a client keeps what is personal. A method overrides what its
+    paper changes. Docstrings of methods have the lines `Paper:`, `Personal:`, `Evaluated:` and, where there are any,
     `Deviations:`; `pflbench describe` shows them.
     """
 
     name: ClassVar[str]  # set by `register`
 
-    @dataclasses.dataclass(frozen=True)
-    class Hyper:
-        """Hyperparameters: fields made by `pflbench.settings.setting`."""
+    def __post_init__(self) -> None:
+        settings.normalise(self)
 
-    sequential: bool = False
-    """True when the clients of a round depend on each other: they are then computed one by one, and `relay` is called
-    after each."""
-    tested_alone: bool = False
-    """True when the evaluated model comes from the client's state alone: for a test it is sent an empty message."""
-
-    def __init__(self, **hyperparameters: Any) -> None:
-        self.h: Any = settings.build(type(self).Hyper, hyperparameters, f"hyperparameter of {self.name}")
-
-    def is_personal(self, name: str) -> bool:  # noqa: ARG002
-        """Return whether the parameter (or buffer) `name` never leaves its client."""
-        return False
-
-    def is_shared(self, name: str) -> bool:
-        """Return the opposite of `is_personal`."""
-        return not self.is_personal(name)
+    def check(self, setup: Setup) -> None:
+        """Raise `UsageError` when the method cannot run in this federation. Nothing was computed or written yet."""
 
     def personal(self, model: Params) -> Params:
-        """Return the parameters of `model` that are personal: those of which `is_personal` is true.
-
-        Overridden where the name alone does not tell.
-        """
-        return {name: t for name, t in model.items() if self.is_personal(name)}
+        """Return the parameters of `model` that never leave their client. By default there are none."""
+        return {}
 
     def shared(self, model: Params) -> Params:
-        """Return the parameters of `model` that are shared: all that are not in `personal(model)`."""
-        own = self.personal(model)
-        return {name: t for name, t in model.items() if name not in own}
+        """Return the parameters of `model` that are not personal."""
+        personal = self.personal(model)
+        return {name: t for name, t in model.items() if name not in personal}
 
-    def init_server(self, model: Params) -> State:
-        """Return the server's first state, from the initial `model`."""
-        return {"model": self.shared(model)}
+    def init_server(self, setup: Setup) -> State:
+        """Return the server's first state."""
+        return {"model": self.shared(setup.model)}
 
-    def init_client(self, model: Params) -> State:
-        """Return a client's first state, from the initial `model`, which is the same for all clients."""
-        return {"model": self.personal(model)}
+    def init_client(self, setup: Setup) -> State:
+        """Return a client's first state, which is the same for all clients."""
+        return {"model": self.personal(setup.model)}
 
-    def broadcast(self, server: State, client: int) -> Message:  # noqa: ARG002
-        """Return what the server sends to `client`."""
+    def broadcast(self, round: Round, server: State, client: int) -> Message:
+        """Return what the server sends to `client` in a round."""
         return Message({"model": server["model"]})
 
-    def local_update(self, local: "Local", down: Message, state: State) -> tuple[Message, State]:
+    def local_update(self, client: "Client", received: Message, state: State) -> tuple[Message, State]:
         """Train on the client; return its upload and its new state."""
         raise NotImplementedError
 
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         """Return the new server state from a round's uploads, which come in the order of client numbers."""
         raise NotImplementedError
 
-    def relay(self, server: State, up: Message) -> State:
-        """Return the server state for the next client of the same round (only where `sequential` is true)."""
-        raise NotImplementedError
+    def play(self, round: Round, server: State, cohort: Cohort) -> State:
+        """Return the server state after a round. Overridden by methods whose clients are not all asked once, together.
 
-    def personalised(self, local: "Local", down: Message, state: State) -> Params:  # noqa: ARG002
-        """Return exactly the model that is evaluated for this client.
-
-        By default, the received model, with the parameters that the client keeps as its "model", some or all, in place.
+        Uploads are only valid until this returns.
         """
-        return merge(down["model"], state.get("model", {}))
+        return self.aggregate(round, server, cohort.update(server))
 
-    def global_model(self, down: Message) -> Params | None:
+    def serve(self, round: Round, server: State, client: int) -> Message:
+        """Return what `client` is sent when it is evaluated: by default, what it is sent to train."""
+        return self.broadcast(round, server, client)
+
+    def personalise(self, client: "Client", received: Message, state: State) -> State:
+        """Return exactly what is deployed on this client and evaluated.
+
+        By default, "model" is the received model, with the parameters that the client keeps as its "model" in place.
+        """
+        return {"model": {**received.content.get("model", {}), **state.get("model", {})}}
+
+    def predict(self, net: "Replica", deployed: State, x: Tensor) -> Tensor:
+        """Return the logits [n, classes] of `x` as the client answers with what is `deployed`.
+
+        `net(params, x)` gives a network's logits, `net.features(params, x)` its features, in evaluation mode. A class
+        that cannot be the answer has the logit -inf.
+        """
+        return net(deployed["model"], x)
+
+    def global_model(self, server: State) -> Params | None:
         """Return the model that the server could hand to anybody, or None where there is none.
 
-        What lacks some of the model's parameters, because they are personal, is not evaluated as a global model.
+        A model that lacks parameters, because they are personal, is not evaluated as a global model.
         """
-        return down["model"]
+        return server.get("model")
+
+
+def need_features(method: Algorithm, setup: Setup) -> None:
+    """Raise `UsageError` unless the network's body gives a vector of features for each sample."""
+    if not setup.features:
+        raise UsageError(f"{method.name}: the network's body must give a vector of features for each sample")
+
+
+def mean(uploads: Sequence[Upload], part: str, *, equal: bool = False) -> Params:
+    """Return the mean of a part of the uploads, weighted by their weights unless all weights are to be `equal`."""
+    return average(each(uploads, part), [1.0 if equal else upload.weight for upload in uploads])
+
+
+def each(uploads: Sequence[Upload], part: str) -> Iterator[Params]:
+    """Yield a part of every upload, one at a time."""
+    return (upload[part] for upload in uploads)

@@ -1,11 +1,15 @@
-"""What a method's client code works with. The only training loops of the project are here."""
+"""A client in a round: its data, and the verbs that a method's client code is written in.
+
+The only training loops of the project are here.
+"""
 
 import contextlib
 import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -13,345 +17,258 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pflbench.core import params
+from pflbench.core.device import Replica, chunks, plain
 from pflbench.core.models import Net
 from pflbench.core.params import Params
-from pflbench.errors import Diverged
+from pflbench.core.training import (
+    SGD,
+    TRAIN,
+    Batch,
+    Counts,
+    Direction,
+    Loss,
+    Optimiser,
+    Transform,
+    cross_entropy,
+    finite,
+)
+from pflbench.errors import Diverged, MethodError
 from pflbench.federation import Split
 from pflbench.rng import rng
-from pflbench.spec import RunSpec
 
-Loss = Callable[..., Tensor]
-"""(net, x, y, *beside) -> the loss of each sample [n]; the harness takes the mean."""
-Correct = Callable[[str, Tensor, Tensor], Tensor]
-"""(name, gradient, parameter) -> the gradient that is used."""
-Batch = tuple[Tensor, Tensor]
-"""Samples as the network takes them, and their labels [n]."""
-
-_CHUNK = 128  # samples in a forward pass that needs no gradient
-_PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+if TYPE_CHECKING:
+    from pflbench.core.algorithm import Setup
 
 
-def cross_entropy(net: Net, x: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample [n]."""
-    return F.cross_entropy(net(x), y, reduction="none")
+class Client:
+    """One client in one round.
 
+    `id` is its number, `n` the number of its training samples, `y` their labels [n], `setup` what is known of the
+    federation, `protocol` how clients train in this round. Parameters go in and come out; nothing is kept but `counts`,
+    what was done so far.
 
-def proximal(to: Params, weight: float) -> Correct:
-    """Return what adds, for `Local.sgd`, the gradient of `weight` / 2 ||w - `to`||^2: a pull towards `to`."""
-    return lambda name, grad, param: grad + weight * (param - to[name])
-
-
-class _SGD:
-    """SGD as `torch.optim.SGD` computes it, bit for bit, whose first use would import torch's compiler for seconds."""
-
-    def __init__(self, parameters: Iterable[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
-        self._parameters = [p.detach() for p in parameters]
-        self._lr, self._momentum, self._weight_decay = lr, momentum, weight_decay
-        self._buffers: list[Tensor] = []
-
-    def step(self, grads: Sequence[Tensor]) -> None:
-        if self._weight_decay:
-            grads = [g.add(p, alpha=self._weight_decay) for g, p in zip(grads, self._parameters, strict=True)]
-        if self._momentum and not self._buffers:
-            grads = self._buffers = [g.clone() for g in grads]
-        elif self._momentum:
-            grads = [b.mul_(self._momentum).add_(g) for b, g in zip(self._buffers, grads, strict=True)]
-        for p, g in zip(self._parameters, grads, strict=True):
-            p.add_(g, alpha=-self._lr)
-
-
-@dataclasses.dataclass
-class Bench:
-    """One process's copy of the network, and which parameters it holds: they are loaded only when they differ.
-
-    With `precision` "bf16" what passes forward within `forward()` does so in bfloat16.
+    Every draw is keyed by (seed, stream, round, client): a `stream` names a pass over the data, and the same stream
+    gives every method the same batches.
     """
 
-    net: Net
-    precision: str = "fp32"
-    loaded: Params = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.net.to(memory_format=torch.channels_last)
-        self.slots = params.slots(self.net)
-        self.dtype = next(iter(self.slots.values())).dtype
-        self.buffers = {
-            n for n, _ in self.net.named_buffers() if n in self.slots
-        }  # a network may change them in a test
-        # Integers (how many batches a BatchNorm has seen) are nobody's state: they start anew with every load.
-        self._counts = [(b, b.clone()) for b in self.net.buffers() if not b.is_floating_point()]
-
-    def forward(self) -> contextlib.AbstractContextManager[object]:
-        """Return the context for a forward pass."""
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
-
-    def load(self, values: Params) -> Net:
-        """Copy `values` into the network and return it."""
-        for name, slot in self.slots.items():
-            if name in self.buffers or self.loaded.get(name) is not values[name]:
-                slot.copy_(values[name])
-        for count, first in self._counts:
-            count.copy_(first)
-        self.loaded = dict(values)
-        return self.net
-
-    def batch(self, x: Tensor, index: Tensor | slice) -> Tensor:
-        """Return samples `index` of `x` as the network takes them: floating-point, images channels-last."""
-        images = x.dim() == 4
-        rows = x.permute(0, 2, 3, 1) if images else x
-        # A slice is copied: a network's first layer may work in place, and must not get the data itself.
-        view = isinstance(index, slice)
-        out = (rows[index] if isinstance(index, slice) else rows.index_select(0, index)).to(self.dtype, copy=view)
-        if images:
-            out = out.permute(0, 3, 1, 2)
-        # uint8 0..255 to [-1, 1]: torchvision's ToTensor and Normalize(0.5, 0.5), as in PFLlib.
-        return out.mul_(1 / 127.5).sub_(1) if x.dtype == torch.uint8 else out
-
-
-@dataclasses.dataclass
-class Counts:
-    """What a client's work was: steps of SGD, samples passed through the body, and the losses of training."""
-
-    steps: int = 0
-    forward: int = 0
-    backward: int = 0
-    loss_sum: float = 0.0
-    samples: int = 0
-
-
-class Local:
-    """The toolbox of one client in one round: its training data, and what can be done with them.
-
-    `n` is the number of training samples, `y` their labels [n], `classes` and `clients` how many there are in the
-    federation, `lr` the learning rate of this round. Everything random is keyed by (seed, purpose, round, client).
-    `counts` has what was done so far.
-    """
-
-    def __init__(self, bench: Bench, train: Split, classes: int, spec: RunSpec, *, round: int, client: int) -> None:  # noqa: A002
-        self._bench = bench
+    def __init__(
+        self, replica: Replica, train: Split, setup: "Setup", protocol: SGD, *, seed: int, key: tuple[int, ...]
+    ) -> None:
+        """`key` is the round and the client, and the number of the exchange where a round has several."""
+        self._replica = replica
         self._x = train.x
-        self._spec = spec
-        self._key = (round, client)
-        self._calls: Counter[str] = Counter()
+        self._seed = seed
+        self._key = key
+        self._passes: Counter[str] = Counter()
+        self.id = key[1]
+        self.setup = setup
+        self.protocol = protocol
         self.y = train.y
         self.n = len(train)
-        self.classes = classes
-        self.clients = spec.clients
-        self.lr = spec.lr * spec.lr_decay ** (round - 1)
         self.counts = Counts()
-        self._descending: str | None = None
         # A network of the user's may draw, for dropout say.
-        torch.manual_seed(int(rng(spec.seed_of("order"), "torch", *self._key).randint(2**31)))
+        torch.manual_seed(int(rng(seed, "torch", *key).randint(2**31)))
+
+    @overload
+    def sgd(
+        self, start: Params, *, loss: Loss = ..., trainable: Container[str] | None = ...,
+        transform: Transform | None = ..., config: SGD | None = ..., stream: str = ...,
+    ) -> Params: ...  # fmt: skip
+
+    @overload
+    def sgd(
+        self, start: Params, *, extra: Params, loss: Loss = ..., trainable: Container[str] | None = ...,
+        transform: Transform | None = ..., config: SGD | None = ..., stream: str = ...,
+    ) -> tuple[Params, Params]: ...  # fmt: skip
 
     def sgd(
         self,
         start: Params,
         *,
-        epochs: int | None = None,
-        lr: float | None = None,
-        momentum: float | None = None,
-        weight_decay: float | None = None,
-        batch_size: int | None = None,
-        only: Callable[[str], bool] | None = None,
+        extra: Params | None = None,
         loss: Loss = cross_entropy,
-        beside: Sequence[Tensor] = (),
-        correct: Correct | None = None,
-        purpose: str = "train",
-    ) -> Params:
-        """Return `start` after `epochs` of SGD on the client's training data.
+        trainable: Container[str] | None = None,
+        transform: Transform | None = None,
+        config: SGD | None = None,
+        stream: str = TRAIN,
+    ) -> Params | tuple[Params, Params]:
+        """Return `start` after SGD on the client's training data.
 
-        What is not given is the protocol's. `only` selects the parameters (and buffers) that change; `loss` gives one
-        value per sample; `beside` are tensors with a row for each training sample [n, ...], whose rows of the batch
-        the loss gets, too. `correct` returns the gradient that is used: `proximal` makes one. Parameters that `start`
-        has beyond the network's are trained with them; the loss finds them in `net.free`, by name, and may write to
-        those that `only` leaves out: running statistics of a second network. `purpose` names the stream of batch
-        orders: two methods that train for the same purpose see the same batches.
-        Raises `Diverged` when the loss is not finite.
+        `config` is the protocol unless given. `loss(net, batch)` returns the scalar to descend. `trainable` has the
+        names of the parameters and buffers that change, by default all. `transform(gradients, parameters)` returns the
+        gradients that are used; `proximal` makes one. `extra` are tensors that are trained beside the network: the loss
+        finds them in `net.extra`, and they are returned, trained, as a second value.
+
+        Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is no scalar.
         """
-        spec = self._spec
-        net = self._bench.load(start)
-        self._bench.loaded = {}
-        net.free = {name: t.clone() for name, t in start.items() if name not in self._bench.slots}
-        trainable = (*net.named_parameters(), *net.free.items())
-        chosen = {name: p for name, p in trainable if only is None or only(name)}
-        for name, p in trainable:
+        config = config or self.protocol
+        net = self._replica.load(start)
+        self._replica.loaded = {}
+        net.extra = {name: t.clone() for name, t in (extra or {}).items()}
+        chosen = {name: p for name, p in net.named_parameters() if trainable is None or name in trainable}
+        for name, p in net.named_parameters():
             p.requires_grad_(name in chosen)
-        if not chosen:
-            return start
-        optimiser = _SGD(
-            chosen.values(),
-            lr=self.lr if lr is None else lr,
-            momentum=spec.momentum if momentum is None else momentum,
-            weight_decay=spec.weight_decay if weight_decay is None else weight_decay,
-        )
+        for t in net.extra.values():
+            t.requires_grad_()
+        if not chosen and not net.extra:
+            return start if extra is None else (start, extra)
+        leaves = [*chosen.values(), *net.extra.values()]
+        parameters = [p.detach() for p in leaves]
+        optimiser = Optimiser(config)
         net.train()
         x, step_net = self._x, net
-        if loss is cross_entropy and all(map(_in_head, chosen)) and all(type(m) in _PLAIN for m in net.body.modules()):
+        if loss is cross_entropy and all(map(params.in_head, chosen)) and plain(net.body):
             # The body is frozen and plain, so its features are the same in every epoch.
             x, step_net = self._features(net), Net(nn.Identity(), net.head)
         total = torch.zeros((), dtype=torch.float64)
         samples = 0
         with self._counted(net):
-            for index in self._orders(spec.local_epochs if epochs is None else epochs, batch_size, purpose):
-                y = self.y[index]
-                with self._bench.forward():
-                    value = loss(step_net, self._bench.batch(x, index), y, *(rows[index] for rows in beside)).mean()
-                grads = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
-                if correct is not None:
-                    named = zip(chosen.items(), grads, strict=True)
-                    grads = tuple(correct(name, grad, p.detach()) for (name, p), grad in named)
-                optimiser.step(grads)
-                total += value.detach() * len(y)
-                samples += len(y)
+            for index in self._order(config, stream):
+                batch = Batch(self._replica.batch(x, index), self.y[index], index, stream)
+                with self._replica.forward():
+                    value = loss(step_net, batch)
+                self._check_scalar(value)
+                grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+                if transform is not None:
+                    named = dict(zip(chosen, grads, strict=False))
+                    used = transform(named, dict(zip(chosen, parameters, strict=False)))
+                    grads = (*(used[name] for name in chosen), *grads[len(chosen) :])
+                optimiser.step(grads, parameters)
+                total += value.detach() * len(batch)
+                samples += len(batch)
                 self.counts.steps += 1
         if not math.isfinite(total):
-            raise Diverged(f"client {self._key[1]}: the loss ({purpose}) is {float(total)}; lower lr")
-        if purpose == "train":
+            raise Diverged(f"client {self.id}: the loss ({stream}) is {float(total)}; lower lr")
+        if stream == TRAIN:
             self.counts.loss_sum += float(total)
             self.counts.samples += samples
-        done = params.read(net) | {name: t.detach() for name, t in net.free.items()}
-        if not all(bool(t.isfinite().all()) for t in done.values()):
-            raise Diverged(f"client {self._key[1]}: the parameters ({purpose}) are not finite; lower lr")
-        if only is None:
-            return done
-        return {name: done[name] if only(name) or name in net.free else start[name] for name in done}
+        done = params.read(net)
+        beside = {name: t.detach() for name, t in net.extra.items()}
+        self._check_finite({**done, **beside}, stream)
+        if trainable is not None:
+            done = {name: t if name in trainable else start[name] for name, t in done.items()}
+        return done if extra is None else (done, beside)
 
     def descend(
         self,
         start: Params,
-        direction: Callable[..., Params],
+        direction: Direction,
         *,
         batches: int = 1,
-        epochs: int | None = None,
-        lr: float | None = None,
-        momentum: float | None = None,
-        weight_decay: float | None = None,
-        purpose: str = "train",
+        config: SGD | None = None,
+        stream: str = TRAIN,
     ) -> Params:
         """Return `start` after steps w - lr * `direction`(w, batch, ...), for methods whose step is no gradient.
 
-        `direction` gets the parameters and the next `batches` batches (x, y), and returns what is subtracted, by name;
-        it takes its gradients with `grad`, in training mode. Momentum and weight decay, the protocol's unless given,
-        work on it as on a gradient. The last batches are left out where they are too few for a step; who has too few
-        for any step goes through its samples more often. Running statistics are those of the last gradient. The loss in
-        the record is the mean of all those at which a gradient was taken, if the purpose is to train. Raises `Diverged`
-        when the parameters are not finite.
+        `direction` gets the parameters and the next `batches` batches, and returns what is subtracted, by name. It
+        takes its gradients with `grad(..., train_mode=True)`. Momentum and weight decay work on it as on a gradient.
+
+        A step uses `batches` batches; leftover batches are dropped. A client with fewer batches than one step needs
+        repeats its data. Running statistics are those of the last gradient. Raises `Diverged` when the parameters are
+        not finite.
         """
-        rate = self.lr if lr is None else lr
-        epochs = self._spec.local_epochs if epochs is None else epochs
-        size = self._spec.batch_size
-        momentum = self._spec.momentum if momentum is None else momentum
-        decay = self._spec.weight_decay if weight_decay is None else weight_decay
-        least = math.ceil(batches / math.ceil(self._used(size) / size))
-        orders = self._orders(max(epochs, least) if epochs else 0, None, purpose)
+        config = config or self.protocol
+        least = math.ceil(batches / max(dataclasses.replace(config, epochs=1).steps(self.n), 1))
+        config = dataclasses.replace(config, epochs=max(config.epochs, least) if config.epochs else 0)
+        optimiser = Optimiser(config)
         now = start
-        speed: Params = {}
-        self._descending = purpose
-        for indices in zip(*[iter(orders)] * batches, strict=False):
-            drawn = [(self._bench.batch(self._x, index), self.y[index]) for index in indices]
+        for indices in zip(*[iter(self._order(config, stream))] * batches, strict=False):
+            drawn = [Batch(self._replica.batch(self._x, index), self.y[index], index, stream) for index in indices]
             change = direction(now, *drawn)
-            if decay:
-                change = {name: by.add(now[name], alpha=decay) for name, by in change.items()}
-            if momentum:
-                change = {name: speed[name].mul(momentum).add(by) if speed else by for name, by in change.items()}
-                speed = change
-            buffers = {name: self._bench.slots[name].clone() for name in self._bench.buffers if name in now}
-            now = now | buffers | {name: now[name].sub(by, alpha=rate) for name, by in change.items()}
+            buffers = {name: t for name, t in self._replica.statistics().items() if name in now}
+            now = now | buffers | optimiser.stepped(change, now)
             self.counts.steps += 1
-        self._descending = None
-        if not all(bool(t.isfinite().all()) for t in now.values()):
-            raise Diverged(f"client {self._key[1]}: the parameters ({purpose}) are not finite; lower lr")
+        self._check_finite(now, stream)
         return now
 
-    def batches(self, *, batch_size: int | None = None, purpose: str = "read") -> Iterator[Batch]:
-        """Yield the training data once, in batches (x, y) of the protocol's size and order unless given."""
-        for index in self._orders(1, batch_size, purpose):
-            yield self._bench.batch(self._x, index), self.y[index]
-
-    def trainable(self, model: Params) -> Params:
-        """Return `model` without the network's buffers, of which there are no gradients, in the network's order."""
-        own = (name for name in self._bench.slots if name in model and name not in self._bench.buffers)
-        return {name: model[name] for name in own}
+    def batches(self, *, stream: str, config: SGD | None = None) -> Iterator[Batch]:
+        """Yield the training data once, in batches of the protocol's size and order unless `config` is given."""
+        once = dataclasses.replace(config or self.protocol, epochs=1)
+        for index in self._order(once, stream):
+            yield Batch(self._replica.batch(self._x, index), self.y[index], index, stream)
 
     def grad(
         self,
         at: Params,
-        x: Tensor,
-        y: Tensor,
-        loss: Loss = cross_entropy,
+        batch: Batch,
         *,
-        only: Callable[[str], bool] | None = None,
+        loss: Loss = cross_entropy,
+        trainable: Container[str] | None = None,
+        train_mode: bool = False,
         exact: bool = False,
     ) -> Params:
-        """Return the gradient of the mean `loss` of one batch at parameters `at`, in evaluation mode.
+        """Return the gradient of the `loss` of one batch at parameters `at`, in evaluation mode unless `train_mode`.
 
-        Within `descend`, in training mode. `only` selects the parameters. With `exact` nothing is computed in bf16.
+        `trainable` has the names of the parameters to differentiate by, by default all. With `exact` nothing is
+        computed in bf16. In training mode, the loss of a batch of the stream "train" is part of the training loss.
         """
-        net = self._bench.load(at).train(self._descending is not None)
-        named = {name: p for name, p in net.named_parameters() if only is None or only(name)}
+        net = self._replica.load(at).train(train_mode)
+        named = {name: p for name, p in net.named_parameters() if trainable is None or name in trainable}
         for name, p in net.named_parameters():
             p.requires_grad_(name in named)
-        with self._counted(net), contextlib.nullcontext() if exact else self._bench.forward():
-            value = loss(net, x.clone(), y).mean()  # a first layer may work in place, and the batch may come again
+        with self._counted(net), contextlib.nullcontext() if exact else self._replica.forward():
+            # A first layer may work in place, and the batch may come again.
+            value = loss(net, dataclasses.replace(batch, x=batch.x.clone()))
+        self._check_scalar(value)
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
-        if self._descending == "train":
-            self.counts.loss_sum += float(value.detach()) * len(y)
-            self.counts.samples += len(y)
+        if train_mode and batch.stream == TRAIN:
+            self.counts.loss_sum += float(value.detach()) * len(batch)
+            self.counts.samples += len(batch)
         return dict(zip(named, grads, strict=True))
 
     def features(self, model: Params) -> Tensor:
         """Return the features [n, d] of all training samples, in their stored order, in evaluation mode."""
-        return self._features(self._bench.load(model).eval())
-
-    def prototypes(self, model: Params) -> Tensor:
-        """Return the mean feature of each class's training samples [classes, d]; zeros for absent classes.
-
-        In evaluation mode.
-        """
-        features = self.features(model)
-        sums = features.new_zeros(self.classes, features.shape[1]).index_add_(0, self.y, features)
-        return sums / self.class_counts.clamp(min=1)[:, None]
-
-    @property
-    def class_counts(self) -> Tensor:
-        """How many training samples there are of each class [classes]."""
-        return self.y.bincount(minlength=self.classes)
+        return self._features(self._replica.load(model).eval())
 
     def loss(self, model: Params) -> float:
-        """Return the mean cross-entropy of the training samples under `model`, in evaluation mode."""
-        net = self._bench.load(model).eval()
+        """Return the mean cross-entropy of the training samples under `model`, in evaluation mode.
+
+        Raises `MethodError` when there are no samples.
+        """
+        if not self.n:
+            raise MethodError(f"client {self.id}: a loss needs samples, and this part of the client has none")
+        net = self._replica.load(model).eval()
         total = 0.0
-        with self._counted(net), torch.no_grad(), self._bench.forward():
-            for part in chunks(self.n):
-                total += float(cross_entropy(net, self._bench.batch(self._x, part), self.y[part]).sum())
+        with self._counted(net), torch.no_grad(), self._replica.forward():
+            for rows in chunks(self.n):
+                logits = net(self._replica.batch(self._x, rows))
+                total += float(F.cross_entropy(logits, self.y[rows], reduction="none").sum())
         return total / self.n
 
-    def parts(self, share: float, *, purpose: str, every_round: bool = True) -> tuple["Local", "Local"]:
-        """Return the toolboxes of a random `share` of the samples (rounded up), and of the others.
+    def part(self, share: float, *, stream: str, every_round: bool = True) -> "tuple[Client, Client]":
+        """Return this client with a random `share` of its samples (rounded up), and with the others.
 
-        They are drawn anew in every round, or once for all; for each `purpose` apart. What they do counts here, too.
+        They are drawn in every round again, or once for all rounds; for each `stream` apart. What the two do counts
+        here, too.
         """
         key = self._key if every_round else self._key[1:]
-        order = torch.from_numpy(rng(self._spec.seed_of("order"), "parts", purpose, *key).permutation(self.n))
+        order = torch.from_numpy(rng(self._seed, "parts", stream, *key).permutation(self.n))
         cut = math.ceil(share * self.n)
-        return self._part(order[:cut].sort().values), self._part(order[cut:].sort().values)
+        return self._subset(order[:cut].sort().values), self._subset(order[cut:].sort().values)
 
-    def random(self, purpose: str) -> np.random.RandomState:
-        """Return a generator of this round and client, for what a method draws itself: the same for each `purpose`."""
-        return rng(self._spec.seed_of("order"), "random", purpose, *self._key)
+    def rng(self, *key: str | int) -> np.random.RandomState:
+        """Return a generator of this round and client, for what a method draws itself: the same for the same `key`."""
+        return rng(self._seed, "random", *key, *self._key)
 
-    def _part(self, index: Tensor) -> "Local":
-        part = copy.copy(self)
-        part._x, part.y, part.n = self._x[index], self.y[index], len(index)
-        return part
+    def _subset(self, index: Tensor) -> "Client":
+        subset = copy.copy(self)
+        subset._x, subset.y, subset.n = self._x[index], self.y[index], len(index)
+        return subset
+
+    def _check_scalar(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor) or value.dim():
+            what = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+            raise MethodError(f"client {self.id}: a loss must be a scalar tensor, such as a mean; this one {what}")
+
+    def _check_finite(self, model: Params, stream: str) -> None:
+        if not finite(model.values()):
+            raise Diverged(f"client {self.id}: the parameters ({stream}) are not finite; lower lr")
 
     @contextlib.contextmanager
     def _counted(self, net: Net) -> Iterator[None]:
-        """Count what passes through the body of `net`, with whichever parameters and however often.
+        """Count the samples that pass through the body of `net`, with whichever parameters and however often.
 
-        What passes with gradients passes backward, too.
+        A pass with gradients counts as a pass backward, too.
         """
 
         def count(_body: nn.Module, _inputs: object, features: Tensor) -> None:
@@ -365,28 +282,24 @@ class Local:
             hook.remove()
 
     def _features(self, net: Net) -> Tensor:
-        with self._counted(net), torch.no_grad(), self._bench.forward():
-            found = torch.cat([net.body(self._bench.batch(self._x, part)) for part in chunks(self.n)])
-        return found.to(self._bench.dtype)
+        with self._counted(net), torch.no_grad(), self._replica.forward():
+            found = torch.cat([net.body(self._replica.batch(self._x, rows)) for rows in chunks(self.n)])
+        return found.to(self._replica.dtype)
 
-    def _orders(self, epochs: int, batch_size: int | None, purpose: str) -> Iterator[Tensor]:
-        """Yield the sample numbers of each batch of `epochs` epochs."""
-        size = batch_size or self._spec.batch_size
-        generator = rng(self._spec.seed_of("order"), "batches", purpose, self._calls[purpose], *self._key)
-        self._calls[purpose] += 1
-        for _ in range(epochs):
-            order = torch.from_numpy(generator.permutation(self.n)) if self._spec.shuffle else torch.arange(self.n)
-            yield from torch.split(order[: self._used(size)], size)
-
-    def _used(self, size: int) -> int:
-        """Return how many samples an epoch in batches of `size` uses."""
-        return self.n // size * size if self._spec.drop_last and self.n >= size else self.n
+    def _order(self, config: SGD, stream: str) -> Iterator[Tensor]:
+        """Yield the rows of each batch. Every pass over a stream in a round has its own order."""
+        generator = rng(self._seed, "batches", stream, self._passes[stream], *self._key)
+        self._passes[stream] += 1
+        yield from config.order(self.n, generator)
 
 
-def _in_head(name: str) -> bool:
-    return name.startswith("head.")
+def class_counts(client: Client) -> Tensor:
+    """Return how many training samples a client has of each class [classes]."""
+    return client.y.bincount(minlength=client.setup.classes)
 
 
-def chunks(n: int) -> Iterator[slice]:
-    """Yield slices that cover n samples, for forward passes that need no gradient."""
-    return (slice(i, i + _CHUNK) for i in range(0, n, _CHUNK))
+def prototypes(client: Client, model: Params) -> Tensor:
+    """Return the mean feature of each class's training samples [classes, d], in evaluation mode; zeros where absent."""
+    features = client.features(model)
+    sums = features.new_zeros(client.setup.classes, features.shape[1]).index_add_(0, client.y, features)
+    return sums / class_counts(client).clamp(min=1)[:, None]

@@ -10,14 +10,14 @@ from pflbench.spec import MODELS
 class Net(nn.Module):
     """A `head` on a `body`: images [n, channels, height, width] to features [n, d] to logits [n, classes].
 
-    `free` has what a method trains beside the network's own parameters, for its loss (`Local.sgd`).
+    `extra` has what a method trains beside the network's own parameters, for its loss (`Client.sgd`).
     """
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.body = body
         self.head = head
-        self.free: dict[str, Tensor] = {}
+        self.extra: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""

@@ -1,14 +1,21 @@
-"""Parameters by name, and the few things that are done with them. Values: nothing here changes its inputs."""
+"""Parameters by name, states that nest them, and the functions over both. Nothing here changes its inputs."""
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
-State = dict[str, Params]
+"""Parameters, or parameters and buffers, by name."""
+
+State = Mapping[str, Any]
+"""What a server or a client keeps, and what a message carries: mappings as deep as a method likes, with strings or
+integers as keys, and tensors, integers and floats as leaves."""
+
+Path = tuple[str | int, ...]
 
 
 def read(net: nn.Module) -> Params:
@@ -22,57 +29,84 @@ def slots(net: nn.Module) -> Params:
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
 
 
-def merge(*parts: Mapping[str, Tensor]) -> Params:
-    """Return the union of `parts`; where a name stands in several, the last one's tensor."""
-    return {name: tensor for part in parts for name, tensor in part.items()}
+def in_head(name: str) -> bool:
+    """Return whether a parameter is the classifier head's."""
+    return name.startswith("head.")
 
 
-def zeros_like(params: Params) -> Params:
-    """Return zeros under the names of `params`."""
-    return {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+def head(model: Params) -> Params:
+    """Return the parameters of the classifier head."""
+    return {name: tensor for name, tensor in model.items() if in_head(name)}
+
+
+def body(model: Params) -> Params:
+    """Return the parameters and buffers of the body, everything below the head."""
+    return {name: tensor for name, tensor in model.items() if name.startswith("body.")}
 
 
 def linear_head(model: Params) -> bool:
-    """Say whether the head of `model` is one `nn.Linear`, with or without a bias."""
-    head = {name: tensor.dim() for name, tensor in model.items() if name.startswith("head.")}
-    return head in ({"head.weight": 2}, {"head.weight": 2, "head.bias": 1})
+    """Return whether the head of `model` is one `nn.Linear`, with or without a bias."""
+    dimensions = {name: tensor.dim() for name, tensor in head(model).items()}
+    return dimensions in ({"head.weight": 2}, {"head.weight": 2, "head.bias": 1})
 
 
-def average(parts: Iterable[Params], weights: Sequence[float]) -> Params:
+def zeros_like(model: Params) -> Params:
+    """Return zeros under the names of `model`."""
+    return {name: torch.zeros_like(tensor) for name, tensor in model.items()}
+
+
+def average(parts: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> Params:
     """Return the weighted mean of `parts`, tensor by tensor, with `weights` normalised to sum 1.
 
-    Sums run in float64 in the order of `parts`, so that the result does not depend on who finished first, and one part
-    alone comes back exactly. No part is held when it has been added.
+    Sums run in float64 in the order of `parts`, so that the result does not depend on which client finished first, and
+    a single part is returned exactly. A part is released when it has been added.
     """
     total = float(sum(weights))
     sums: Params = {}
     kinds: dict[str, torch.dtype] = {}
     for part, weight in zip(parts, weights, strict=True):
-        if not sums:
-            sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in part.items()}
-            kinds = {name: tensor.dtype for name, tensor in part.items()}
+        for name in part if not sums else ():
+            tensor = part[name]
+            sums[name], kinds[name] = torch.zeros_like(tensor, dtype=torch.float64), tensor.dtype
         for name, out in sums.items():
             out.add_(part[name].double(), alpha=weight / total)
     return {name: out.to(kinds[name]) for name, out in sums.items()}
 
 
 def distance(a: Params, b: Params) -> float:
-    """Return the Euclidean distance of `a` and `b`, which have the same names, in whatever order."""
+    """Return the Euclidean distance of `a` and `b`, which have the same names, in any order."""
     return math.sqrt(math.fsum(float((t.double() - b[name].double()).square().sum()) for name, t in a.items()))
 
 
-def nbytes(parts: Iterable[Params]) -> int:
-    """Return the bytes of all tensors in `parts`."""
-    return sum(t.numel() * t.element_size() for part in parts for t in part.values())
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the path and the value of every leaf of a state, in the state's order."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, tree
 
 
-def fingerprint(params: Params, digest: Callable[[Tensor], str] | None = None) -> str:
-    """Return the SHA-256 of names, types, shapes and bytes of `params`, whatever their order.
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state."""
+    return (leaf for _, leaf in leaves(tree) if isinstance(leaf, Tensor))
 
-    `digest` may stand for the function below, where it knows digests already.
+
+def nbytes(tree: Any) -> int:
+    """Return the bytes of a state: those of its tensors, and 8 for each number. Keys are not counted."""
+    return sum(t.numel() * t.element_size() if isinstance(t, Tensor) else 8 for _, t in leaves(tree))
+
+
+def fingerprint(tree: Any, digest: Callable[[Tensor], str] | None = None) -> str:
+    """Return the SHA-256 of the names, types, shapes and values of a state, whatever its order.
+
+    `digest` may stand for `tensor_digest`, where the caller knows digests already.
     """
-    lines = [f"{name} {(digest or tensor_digest)(params[name])}" for name in sorted(params)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = []
+    for path, leaf in leaves(tree):
+        value = (digest or tensor_digest)(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+        lines.append(f"{path[0] if len(path) == 1 else path} {value}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

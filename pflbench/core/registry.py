@@ -1,50 +1,57 @@
-"""The methods by name: the files of `algorithms/`, and other packages' entry points.
+"""The methods by name: the files of `algorithms/`, and the entry points of other packages.
 
-Names and one-line descriptions are found without importing a method, hence without importing torch.
+Names, titles and descriptions are read from the methods' files, without an import of a method or of torch.
 """
 
-import ast
+import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
+from pflbench import settings
+from pflbench.core import description
+from pflbench.core.description import Description, UnreadableError
 from pflbench.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from pflbench.core.algorithm import Algorithm
 
-T = TypeVar("T", bound="type[Algorithm]")
+T = TypeVar("T", bound="Algorithm")
 GROUP = "pflbench.algorithms"
 _registered: "dict[str, type[Algorithm]]" = {}
 
 
-def register(name: str) -> Callable[[T], T]:
-    """Return a class decorator that makes a method available as `name`.
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def register(name: str) -> "Callable[[type[T]], type[T]]":
+    """Return a class decorator that makes a method available as `name`, and a frozen dataclass of its settings.
 
     In `algorithms/` the file is named like the method, with underscores for hyphens.
     """
 
-    def add(cls: T) -> T:
-        cls.name = name
-        _registered[name] = cls
-        return cls
+    def add(cls: "type[T]") -> "type[T]":
+        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made.name = name
+        _registered[name] = made
+        return made
 
     return add
 
 
-def _files() -> dict[str, Path]:
+def _files() -> dict[str, str]:
+    """Return the modules of `algorithms/` by method name."""
     spec = importlib.util.find_spec(GROUP)
     assert spec is not None  # noqa: S101
-    folders = list(spec.submodule_search_locations or [])
-    modules = [m.name for m in pkgutil.iter_modules(folders)]
-    return {name.replace("_", "-"): Path(folders[0]) / f"{name}.py" for name in sorted(modules)}
+    names = sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+    return {name.replace("_", "-"): f"{GROUP}.{name}" for name in names}
 
 
 def _plugins() -> dict[str, EntryPoint]:
+    """Return the entry points of other packages by method name."""
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         other = found.setdefault(entry.name, entry)
@@ -56,32 +63,76 @@ def _plugins() -> dict[str, EntryPoint]:
     return found
 
 
-def algorithms() -> dict[str, str]:
-    """Return all methods: name and one line that describes it. Raises `UsageError` when two packages share a name."""
+def _modules() -> dict[str, str]:
+    """Return the modules of all methods that have one by method name."""
     files, plugins = _files(), _plugins()
     if clash := files.keys() & plugins.keys():
         name = min(clash)
         raise UsageError(
             f"the package of entry point {plugins[name].value!r} reuses the method name {name!r}; rename it"
         )
-    lines = {name: _first_line(path) for name, path in files.items()}
-    lines |= {name: f"from {entry.dist.name if entry.dist else entry.value}" for name, entry in plugins.items()}
+    return files | {name: entry.module for name, entry in plugins.items()}
+
+
+def algorithms() -> dict[str, str]:
+    """Return all methods: name and one line that describes it. Raises `UsageError` when two packages share a name."""
+    modules, plugins = _modules(), _plugins()
+    lines: dict[str, str] = {}
+    for name, module in modules.items():
+        if name in plugins:
+            package = plugins[name].dist
+            lines[name] = f"from {package.name if package else plugins[name].value}"
+            continue
+        try:
+            lines[name] = description.docstring(module).partition("\n")[0]
+        except UnreadableError:
+            lines[name] = "cannot be read: its file is no Python"
     lines |= {name: (cls.__doc__ or "").split("\n")[0] for name, cls in _registered.items() if name not in lines}
     return lines
-
-
-def _first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
 def algorithm(name: str) -> "type[Algorithm]":
     """Return the class of method `name`. Raises `UsageError` when there is none, with the nearest name."""
     if name not in _registered:
-        known = algorithms()
-        if name not in known:
-            raise unknown("algorithm", name, known)
-        plugin = _plugins().get(name)
-        importlib.import_module(plugin.module if plugin else f"{GROUP}.{name.replace('-', '_')}")
+        modules = _modules()
+        if name not in modules:
+            raise unknown("algorithm", name, algorithms())
+        importlib.import_module(modules[name])
         if name not in _registered:
             raise UsageError(f"the package of method {name!r} registers no class of that name; see @register")
     return _registered[name]
+
+
+def make(name: str, hyperparameters: Mapping[str, Any]) -> "Algorithm":
+    """Return method `name` with these hyperparameters, given as values or as text.
+
+    Raises `UsageError` for an unknown name and for a value that cannot be used.
+    """
+    return settings.build(algorithm(name), hyperparameters, f"hyperparameter of {name}")
+
+
+def describe(name: str) -> Description:
+    """Return the description of method `name`; its module is imported only where the file's text is not enough.
+
+    Raises `UsageError` when there is no such method, with the nearest name.
+    """
+    module = _modules().get(name)
+    if module is not None:
+        with contextlib.suppress(UnreadableError):
+            return description.read(module, name)
+    cls = algorithm(name)
+    text = (module and sys.modules[cls.__module__].__doc__) or cls.__doc__ or ""
+    return Description(text.strip(), settings.fields(cls))
+
+
+def title(name: str) -> str:
+    """Return the name that method `name` has in its paper, for example "Per-FedAvg".
+
+    Returns `name` itself where that is not known: for a method without a file, or one that is not installed.
+    """
+    module = _modules().get(name)
+    if module is None:
+        return name
+    with contextlib.suppress(UnreadableError):
+        return description.title(description.docstring(module)) or name
+    return name

@@ -1,121 +1,50 @@
-"""Sweeps: a grid of runs, of which those that are missing are computed, several at once."""
+"""Sweeps: the runs of a suite that have no record yet are computed, several at once."""
 
 import dataclasses
-import itertools
 import json
 import signal
 import time
-from collections import deque
+import traceback
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from pflbench.core import registry
+import torch
+
 from pflbench.engine.executors.children import begin_child, end_children, signals_held, start_child
-from pflbench.errors import PflbenchError, RunBusy, UsageError, unknown
+from pflbench.engine.experiment import Experiment, prepare
+from pflbench.engine.observers import Observer
+from pflbench.engine.runner import run_experiment
+from pflbench.errors import PflbenchError, RunBusy
 from pflbench.spec import RunSpec
-from pflbench.store.record import is_busy, outdated
+from pflbench.store.folder import Folder
+from pflbench.store.provenance import outdated
 
-_TABLES = ("base", "grid", "algorithm", "include", "exclude")
-_RETRY = 2.0  # seconds between looks at a run that another sweep computes
-
-
-def suites() -> dict[str, Path]:
-    """Return the files of the ready suites by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "suites").glob("*.toml"))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """A grid of runs.
-
-    Every combination of the lists in `grid` is a run, with the settings of `base`, which those of `algorithm` for the
-    run's method override, unless they are in the grid. `include` adds runs (their settings over `base`), `exclude`
-    leaves out those that have all settings of one of its entries. The key `set` holds hyperparameters.
-    """
-
-    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-    algorithm: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    include: Sequence[Mapping[str, Any]] = ()
-    exclude: Sequence[Mapping[str, Any]] = ()
-
-    @classmethod
-    def from_toml(cls, values: Mapping[str, Any], where: Path) -> "Suite":
-        """Return the suite that file `where` holds. Raises `UsageError` for what it cannot mean."""
-        for name in values:
-            if name not in _TABLES:
-                raise unknown(f"table in {where}", name, _TABLES)
-        kinds = {"base": dict, "grid": dict, "algorithm": dict, "include": list, "exclude": list}
-        for name, value in values.items():
-            if not isinstance(value, kinds[name]):
-                shape = f"tables, [[{name}]]" if kinds[name] is list else f"a table, [{name}]"
-                raise UsageError(f"{where}: {name} must be {shape}")
-        return cls(
-            base=_plain(values.get("base", {}), where),
-            grid=_plain(values.get("grid", {}), where),
-            algorithm={name: _plain(table, where) for name, table in values.get("algorithm", {}).items()},
-            include=[_plain(entry, where) for entry in values.get("include", [])],
-            exclude=[_plain(entry, where) for entry in values.get("exclude", [])],
-        )
-
-    def specs(self) -> list[RunSpec]:
-        """Return the runs, each once. Raises `UsageError` for unknown names and impossible values."""
-        names = list(self.grid)
-        for name, values in self.grid.items():
-            if not isinstance(values, list | tuple) or not values:
-                raise UsageError(f"grid: {name} must be a list of values, {name} = [...]")
-        found: dict[str, RunSpec] = {}
-        for values in itertools.product(*self.grid.values()) if names else ():
-            given = dict(zip(names, values, strict=True))
-            algo = given.get("algo", self.base.get("algo", RunSpec.algo))
-            self._add(found, {**self.base, **self.algorithm.get(str(algo), {}), **given})
-        for entry in self.include:
-            self._add(found, {**self.base, **entry})
-        return list(found.values())
-
-    def _add(self, found: dict[str, RunSpec], values: dict[str, Any]) -> None:
-        hyperparameters = values.pop("set", {})
-        spec = RunSpec.from_dict({**values, "hyperparameters": hyperparameters})
-        settings = {**spec.to_dict(), "set": hyperparameters}
-        for entry in self.exclude:
-            if strange := [name for name in entry if name not in settings]:
-                raise unknown("setting in exclude", strange[0], settings)
-        if not any(all(settings[name] == value for name, value in entry.items()) for entry in self.exclude):
-            found.setdefault(spec.id, spec)
-
-
-def _plain(values: Any, where: Path) -> dict[str, Any]:
-    """Return a table with underscores in its names, as `RunSpec` has them."""
-    if not isinstance(values, dict):
-        raise UsageError(f"{where}: {values!r} is not a table of settings")
-    return {
-        name.replace("-", "_"): _plain(value, where) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
+_LOOK = 2.0  # seconds between two looks for the record of a run that another process computes
+_PAUSES = (2.0, 30.0)  # seconds until such a run is tried again: the first time, and at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What happened to a run.
 
-    `kind` is "started", "round" (with its line), "done", "failed" (with the reason), or "there": another sweep did it.
+    `kind` is "started", "round" or "evaluation" (with its line), "done", "failed" (with the reason), or "there":
+    another sweep did it.
     """
 
     kind: str
-    spec: RunSpec
+    run: Experiment
     row: Mapping[str, Any] | None = None
     reason: str | None = None
 
 
 def plan(
     specs: Sequence[RunSpec], data_dir: Path | None, notice: Callable[[str], None], *, download: bool = True
-) -> list[RunSpec]:
-    """Return `specs` as they will be run, with all defaults resolved, each once."""
-    from pflbench.engine.engine import resolve
-
+) -> list[Experiment]:
+    """Return the runs that `specs` describe, with all defaults resolved, each once."""
     told: set[str] = set()
 
     def once(text: str) -> None:
@@ -123,153 +52,183 @@ def plan(
             told.add(text)
             notice(text)
 
-    known: dict[str, str] = {}  # to look at a folder of images takes seconds
-    out: dict[str, RunSpec] = {}
+    known: dict[str, str] = {}  # resolving a folder of images takes seconds
+    out: dict[str, Experiment] = {}
     for spec in specs:
         named = dataclasses.replace(spec, dataset=known.get(spec.dataset, spec.dataset))
-        made = resolve(named, data_dir=data_dir, notice=once, download=download)
-        known[spec.dataset] = made.dataset
+        made = prepare(named, data_dir=data_dir, notice=once, download=download)
+        known[spec.dataset] = made.spec.dataset
         out[made.id] = made
     return list(out.values())
 
 
-def status(spec: RunSpec, out: Path) -> str | None:
-    """Return the status of the record of `spec` in `out`, with the reason if it is not "finished"; None without one."""
-    path = out / spec.id / "run.json"
+def status(run: Experiment, out: Path) -> str | None:
+    """Return "finished", or the status and the reason, of the record of `run` in `out`; None without a record."""
+    path = out / run.id / "run.json"
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return "finished" if run["status"] == "finished" else f"{run['status']}: {run['reason']}"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return "finished" if found["status"] == "finished" else f"{found['status']}: {found['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path} cannot be read; move it away"
 
 
-def of_other_code(specs: Sequence[RunSpec], out: Path) -> dict[str, str]:
-    """Return in what the code that made the finished records of `specs` differs from this one, by id."""
+def of_other_code(runs: Sequence[Experiment], out: Path) -> dict[str, str]:
+    """Return, by run id, how today's code differs from the code that made the finished records of `runs`."""
     found = {}
-    for spec in specs:
-        run = json.loads((out / spec.id / "run.json").read_text(encoding="utf-8"))
-        if what := outdated(run, registry.algorithm(spec.algo)(**spec.hyperparameters)):
-            found[spec.id] = what
+    for run in runs:
+        record = json.loads((out / run.id / "run.json").read_text(encoding="utf-8"))
+        if what := outdated(record, run.algorithm):
+            found[run.id] = what
     return found
 
 
-def run(
-    specs: Sequence[RunSpec],
+def compute(
+    runs: Sequence[Experiment],
     out: Path,
     *,
     jobs: int,
-    data_dir: Path | None = None,
     retry: bool = False,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Compute those of the resolved `specs` whose record is not in `out`, `jobs` at once, each with one worker.
+    """Compute the `runs` that have no record in `out`, `jobs` at once, each with one worker.
 
-    An interrupted run goes on from its newest checkpoint. A run that another process computes is waited for. With
-    `retry`, runs that failed are computed again, and interrupted ones from the beginning. Returns
-    why runs failed, by id; the others are not stopped by that.
+    An interrupted run continues from its newest checkpoint. The sweep waits for a run that another process computes.
+    With `retry`, failed runs are computed again, and interrupted runs from the beginning.
+    Returns the reasons of the runs that failed, by id. A failed run stops no other run.
     """
-    found = {spec.id: status(spec, out) for spec in specs}
-    failed = {run: text for run, text in found.items() if text not in (None, "finished") and not retry}
-    waiting = deque(spec for spec in specs if found[spec.id] != "finished" and spec.id not in failed)
-    active: dict[Connection, tuple[RunSpec, BaseProcess]] = {}
-    later: list[RunSpec] = []
+    return _Sweep(runs, out, on_event, retry=retry).run(jobs)
 
-    def end(spec: RunSpec, kind: str, reason: str | None) -> None:
+
+class _Sweep:
+    """The runs of a sweep: those that wait for a process, those that have one, and those of other processes."""
+
+    def __init__(
+        self,
+        runs: Sequence[Experiment],
+        out: Path,
+        on_event: Callable[[Event], None],
+        *,
+        retry: bool,
+    ) -> None:
+        self._out, self._on_event, self._retry = out, on_event, retry
+        self._found = {run.id: status(run, out) for run in runs}
+        self._failed = {run: text for run, text in self._found.items() if text not in (None, "finished") and not retry}
+        self._waiting = deque(r for r in runs if self._found[r.id] != "finished" and r.id not in self._failed)
+        self._active: dict[Connection, tuple[Experiment, BaseProcess]] = {}
+        self._elsewhere: list[tuple[Experiment, float]] = []  # with the time of the next try
+        self._pause: defaultdict[str, float] = defaultdict(lambda: _PAUSES[0])
+
+    def run(self, jobs: int) -> dict[str, str]:
+        try:
+            while self._waiting or self._active or self._elsewhere:
+                while self._waiting and len(self._active) < jobs:
+                    self._start(self._waiting.popleft())
+                if self._active:
+                    for ready in wait(list(self._active), _LOOK if self._elsewhere else None):
+                        assert isinstance(ready, Connection)  # noqa: S101
+                        self._hear(ready)
+                elif self._elsewhere:
+                    time.sleep(_LOOK)
+                self._look_elsewhere()
+        finally:
+            # Their workers end with them. Their checkpoints are good.
+            end_children((connection, process) for connection, (_, process) in self._active.items())
+        return self._failed
+
+    def _start(self, run: Experiment) -> None:
+        if not self._recorded(run):
+            with signals_held():
+                connection, process = start_child(_compute, run, self._out, self._retry, duplex=False)
+                self._active[connection] = run, process
+            self._on_event(Event("started", run))
+
+    def _hear(self, connection: Connection) -> None:
+        """Read one message of a run's process."""
+        run, process = self._active[connection]
+        try:
+            kind, value = connection.recv()
+        except EOFError:
+            process.join()
+            kind, value = "failed", f"its process ended with exit code {process.exitcode}"
+        if kind in ("round", "evaluation"):
+            self._on_event(Event(kind, run, row=value))
+            return
+        del self._active[connection]
+        process.join()
+        connection.close()
+        if kind == "busy":
+            # Only a run's own process tries its lock. A sweep that tried it would hold it for a moment, and a run that
+            # starts in this moment would fail.
+            self._elsewhere.append((run, time.monotonic() + self._pause[run.id]))
+            self._pause[run.id] = min(2 * self._pause[run.id], _PAUSES[1])
+        else:
+            self._end(run, kind, value)
+
+    def _look_elsewhere(self) -> None:
+        """End the runs whose record another process has written; let the others wait until their next try is due."""
+        runs, self._elsewhere = self._elsewhere, []
+        for run, due in runs:
+            if not self._recorded(run):
+                if due <= time.monotonic():
+                    self._waiting.append(run)
+                else:
+                    self._elsewhere.append((run, due))
+
+    def _recorded(self, run: Experiment) -> bool:
+        """End the run if another process has written its record since the sweep began; return whether it has."""
+        text = status(run, self._out)
+        if text == self._found[run.id]:
+            return False
+        self._end(run, "there", None if text == "finished" else text)
+        return True
+
+    def _end(self, run: Experiment, kind: str, reason: str | None) -> None:
         if reason is not None:
-            failed[spec.id] = reason
-        on_event(Event(kind, spec, reason=reason))
-
-    try:
-        while waiting or active or later:
-            while waiting and len(active) < jobs:
-                spec = waiting.popleft()
-                text = status(spec, out)
-                if text != found[spec.id]:  # another sweep was faster
-                    end(spec, "there", None if text == "finished" else text)
-                elif is_busy(out, spec.id):
-                    later.append(spec)
-                else:
-                    with signals_held():
-                        connection, process = start_child(_compute, spec, out, data_dir, retry, duplex=False)
-                        active[connection] = spec, process
-                    on_event(Event("started", spec))
-            if not active and later:  # what is left is computed elsewhere
-                time.sleep(_RETRY)
-                waiting.extend(later)
-                later.clear()
-                continue
-            for ready in wait(list(active)) if active else ():
-                assert isinstance(ready, Connection)  # noqa: S101
-                spec, process = active[ready]
-                try:
-                    kind, value = ready.recv()
-                except EOFError:
-                    process.join()
-                    kind, value = "failed", f"its process ended with exit code {process.exitcode}"
-                if kind == "round":
-                    on_event(Event("round", spec, row=value))
-                    continue
-                del active[ready]
-                process.join()
-                ready.close()
-                if kind == "busy":
-                    later.append(spec)
-                else:
-                    end(spec, kind, value)
-    finally:
-        # Their workers end with them; their checkpoints are good.
-        end_children((connection, process) for connection, (_, process) in active.items())
-    return failed
+            self._failed[run.id] = reason
+        self._on_event(Event(kind, run, reason=reason))
 
 
-def _compute(spec: RunSpec, out: Path, data_dir: Path | None, retry: bool, to: Connection) -> None:
-    """Compute one run, in a process of its own, and tell how it goes."""
-    # The sweep ends its runs; without one, this would wait for a reader for ever, and keep the run to itself.
+class _Teller(Observer):
+    """Sends what happens in a run to the sweep."""
+
+    def __init__(self, to: Connection) -> None:
+        self.began = False
+        self._to = to
+
+    def start(self, experiment: Experiment) -> None:  # noqa: ARG002
+        self.began = True
+
+    def round(self, row: dict[str, Any]) -> None:
+        self._to.send(("round", row))
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._to.send(("evaluation", row))
+
+
+def _compute(run: Experiment, out: Path, retry: bool, to: Connection) -> None:
+    """Compute one run in a process of its own and send its events."""
+    # It ends with the sweep: alone it would wait forever for a reader of its events, and hold the run's lock.
     begin_child(signal.SIG_DFL)
-    from pflbench.engine import engine
-
-    began: list[RunSpec] = []
+    torch.set_num_threads(1)  # the run's share of the cores; and threads of the sweep's process are not in this one
+    log = out / ".logs" / f"{run.id}.log"
+    log.unlink(missing_ok=True)
+    teller = _Teller(to)
     try:
-        record = engine.run(
-            spec,
-            workers=1,
-            out=out,
-            resume=not retry,
-            force=retry,
-            data_dir=data_dir,
-            on_start=began.append,
-            on_round=lambda row: to.send(("round", row)),
-        )
+        store = Folder(out, force=retry, resume=not retry)
+        record = run_experiment(run, workers=1, store=store, observers=[teller])
     except RunBusy:
         to.send(("busy", None))
     except PflbenchError as error:
-        to.send(("failed", str(error).replace("--force starts anew", "sweep --retry starts anew")))
+        to.send(("failed", str(error).replace("--force starts from", "sweep --retry starts from")))
     except Exception as error:
-        to.send(("failed", f"{type(error).__name__}: {error}"))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        to.send(("failed", f"{reason}; {log} has the traceback"))
     else:
         if record.status != "finished":
             to.send(("failed", f"{record.status}: {record.reason}"))
         else:
-            to.send(("done" if began else "there", None))
-
-
-def labels(specs: Sequence[RunSpec]) -> list[str]:
-    """Return a few words for each run: its method, and what differs among the runs (of its method: hyperparameters)."""
-
-    def flat(spec: RunSpec) -> dict[str, str]:
-        values = spec.to_dict()
-        own = {f"{spec.algo} {name}": str(value) for name, value in values.pop("hyperparameters").items()}
-        return {name: str(value) for name, value in values.items() if name != "algo"} | own
-
-    values = [flat(spec) for spec in specs]
-    seen: dict[str, set[str]] = {}
-    for settings in values:
-        for name, value in settings.items():
-            seen.setdefault(name, set()).add(value)
-    varying = [name for name, found in seen.items() if len(found) > 1]
-    return [
-        " ".join([s.algo, *(f"{name.split()[-1]} {v[name]}" for name in varying if name in v)])
-        for s, v in zip(specs, values, strict=True)
-    ]
+            to.send(("done" if teller.began else "there", None))

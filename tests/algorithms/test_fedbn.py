@@ -1,11 +1,16 @@
+import oracle
 import pytest
 import torch
+import toy
+from facts import Facts
 from torch import nn
 
 import pflbench
 from pflbench import UsageError
 from pflbench.core import registry
 from pflbench.core.models import build_model
+
+FACTS = Facts(norm=True)
 
 SUFFIXES = ("weight", "bias", "running_mean", "running_var")
 NORM = tuple(f"body.2.{s}" for s in SUFFIXES)
@@ -26,12 +31,12 @@ def nll(p, x, y, mean=None, var=None):
     return (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean(), z
 
 
-def train(toy, p, x, y, epochs, *, lr, momentum, weight_decay):
+def train(p, x, y, epochs, *, lr, momentum, weight_decay):
     """SGD with BatchNorm in training mode; the running statistics move by a tenth of the way."""
     names = tuple(k for k in p if "running" not in k)
     v = dict.fromkeys(names, 0.0)
-    for b in toy.batches(len(y), 3) * epochs:
-        g = toy.gradient(lambda q, b=b: nll(q, x[b], y[b])[0], p, names)
+    for b in oracle.batches(len(y), 3) * epochs:
+        g = oracle.gradient(lambda q, b=b: nll(q, x[b], y[b])[0], p, names)
         v = {k: momentum * v[k] + g[k] + weight_decay * p[k] for k in names}
         z = x[b] @ p["body.0.weight"].T + p["body.0.bias"]
         p = {
@@ -46,32 +51,32 @@ def part(p, names):
     return {k: p[k] for k in names}
 
 
-def test_two_rounds_average_what_is_not_batch_norm_with_equal_weights_and_keep_batch_norm(toy, turns):
+def test_two_rounds_average_what_is_not_batch_norm_with_equal_weights_and_keep_batch_norm(turns):
     settings, chosen = turns
     record = toy.run("fedbn", **settings, **toy.FULL)
 
     initial = toy.initial(toy.net(norm=True))
     server, own = part(initial, LINEAR), [part(initial, NORM)] * 2
     for r in range(2):
-        ups = []
+        uploads = []
         for i in chosen[r]:
-            x, y, _, _ = toy.arrays()[i]
-            p = train(toy, {**server, **own[i]}, x, y, 2, lr=0.1 * 0.5**r, momentum=0.5, weight_decay=0.02)
-            ups.append(part(p, LINEAR))
+            x, y, _, _ = oracle.arrays()[i]
+            p = train({**server, **own[i]}, x, y, 2, lr=0.1 * 0.5**r, momentum=0.5, weight_decay=0.02)
+            uploads.append(part(p, LINEAR))
             own[i] = part(p, NORM)
-        server = toy.mean(ups, [1] * len(ups))
+        server = oracle.mean(uploads, [1] * len(uploads))
         loss, right = 0.0, []
-        for i, (_, _, x, y) in enumerate(toy.arrays()):
+        for i, (_, _, x, y) in enumerate(oracle.arrays()):
             p = {**server, **own[i]}
             mean, out = nll(p, x, y, p["body.2.running_mean"], p["body.2.running_var"])
             loss += float(mean) / 2
             right.append(int((out.argmax(1) == y).sum()) / len(y))
-        assert record.rounds[r]["test_loss"] == pytest.approx(loss, abs=1e-9)
+        assert record.evaluations[r]["test_loss"] == pytest.approx(loss, abs=1e-9)
         assert [c["accuracy"] for c in record.clients if c["round"] == r + 1] == right
 
-    toy.close(record.server["model"], server)
+    oracle.close(record.server["model"], server)
     for i in range(2):
-        toy.close(record.client_states[i]["model"], own[i])
+        oracle.close(record.client_states[i]["model"], own[i])
 
 
 def _personal(net):
@@ -83,7 +88,7 @@ def _personal(net):
     return set(own)
 
 
-def test_batch_norm_is_found_in_any_network_and_nothing_else(toy):
+def test_batch_norm_is_found_in_any_network_and_nothing_else():
     cnn = build_model("cnn", (1, 16, 16), 3, norm="batch")
     assert _personal(cnn) == {f"body.{i}.{s}" for i in (1, 5) for s in SUFFIXES}
     layers = {n for n, m in build_model("resnet18", (3, 32, 32), 3).named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -93,6 +98,29 @@ def test_batch_norm_is_found_in_any_network_and_nothing_else(toy):
     body = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.GroupNorm(1, 3))
     body.add_module("10", nn.Linear(3, 3))
     assert _personal(pflbench.Net(body, nn.Linear(3, 3))) == {"body.1.running_mean", "body.1.running_var"}
+
+
+@pytest.mark.parametrize("net", [toy.net(norm=True), toy.batch_norm()], ids=["one-channel", "channels"])
+def test_personal_and_shared_are_complementary_and_a_batch_norms_weight_is_personal(net):
+    method, model = registry.algorithm("fedbn")(), toy.initial(net)
+    personal, shared = method.personal(model), method.shared(model)
+    assert personal.keys().isdisjoint(shared)
+    assert oracle.same({**personal, **shared}, model)
+    (norm,) = (name for name, module in net.named_modules() if isinstance(module, nn.BatchNorm1d))
+    assert personal.keys() == {f"{norm}.{suffix}" for suffix in SUFFIXES}
+    assert shared.keys() == set(LINEAR)
+    setup = toy.setup(net)
+    assert oracle.same(method.init_client(setup)["model"], personal)
+    assert oracle.same(method.init_server(setup)["model"], shared)
+
+
+def test_the_check_refuses_a_network_without_batch_norm():
+    method = registry.algorithm("fedbn")()
+    group_norm = pflbench.Net(nn.Sequential(nn.Linear(3, 3), nn.GroupNorm(1, 3)), nn.Linear(3, 3))
+    for net in (toy.net(), group_norm):
+        with pytest.raises(UsageError, match=r"fedbn: the model has no BatchNorm; use --model resnet18"):
+            method.check(toy.setup(net))
+    method.check(toy.setup(toy.batch_norm()))
 
 
 @pytest.mark.parametrize("model", [{"model": "cnn"}, {"model": "mlp"}, {"model": "resnet18", "norm": "group"}])
@@ -115,32 +143,32 @@ def test_a_short_run_of_the_cnn_with_batch_norm_keeps_it_on_the_clients():
     assert not any(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_clients_of_unequal_size_have_equal_weights(toy):
+def test_clients_of_unequal_size_have_equal_weights():
     record = toy.run("fedbn", federation=toy.federation((12, 2)), rounds=1, local_epochs=1)
     sgd = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0}
     initial = toy.initial(toy.net(norm=True))
-    ups = [part(train(toy, initial, x, y, 1, **sgd), LINEAR) for x, y, _, _ in toy.arrays((12, 2))]
-    toy.close(record.server["model"], toy.mean(ups, [1, 1]))
+    uploads = [part(train(initial, x, y, 1, **sgd), LINEAR) for x, y, _, _ in oracle.arrays((12, 2))]
+    oracle.close(record.server["model"], oracle.mean(uploads, [1, 1]))
 
 
-def test_one_client_is_fedavg_with_one_client(toy):
+def test_one_client_is_fedavg_with_one_client():
     kw = {"federation": toy.federation((7,)), "net": toy.net(norm=True), "shuffle": True, "rounds": 3, **toy.FULL}
     fedbn, fedavg = (toy.run(name, **kw) for name in ("fedbn", "fedavg"))
-    assert toy.same({**fedbn.server["model"], **fedbn.client_states[0]["model"]}, fedavg.server["model"])
-    assert [r["test_loss"] for r in fedbn.rounds] == [r["test_loss"] for r in fedavg.rounds]
+    assert oracle.same({**fedbn.server["model"], **fedbn.client_states[0]["model"]}, fedavg.server["model"])
+    assert [r["test_loss"] for r in fedbn.evaluations] == [r["test_loss"] for r in fedavg.evaluations]
 
 
-def test_in_the_first_round_it_is_fedavg_but_for_batch_norm_where_clients_are_of_equal_size(toy):
+def test_in_the_first_round_it_is_fedavg_but_for_batch_norm_where_clients_are_of_equal_size():
     kw = {"federation": toy.federation((6, 6)), "net": toy.net(norm=True), "rounds": 1}
     fedbn, fedavg, local = (toy.run(name, **kw) for name in ("fedbn", "fedavg", "local"))
-    toy.close(fedbn.server["model"], part(fedavg.server["model"], LINEAR))
+    oracle.close(fedbn.server["model"], part(fedavg.server["model"], LINEAR))
     for i in range(2):
-        assert toy.same(fedbn.client_states[i]["model"], part(local.client_states[i]["model"], NORM))
+        assert oracle.same(fedbn.client_states[i]["model"], part(local.client_states[i]["model"], NORM))
 
 
-def test_fedavgs_batch_norm_is_averaged_so_that_it_is_not_fedbn(toy):
+def test_fedavgs_batch_norm_is_averaged_so_that_it_is_not_fedbn():
     kw = {"federation": toy.federation((6, 6)), "net": toy.net(norm=True)}
     fedbn, fedavg = (toy.run(name, **kw) for name in ("fedbn", "fedavg"))
     assert fedavg.server["model"].keys() - fedbn.server["model"].keys() == set(NORM)
-    assert fedbn.rounds[-1]["test_loss"] != fedavg.rounds[-1]["test_loss"]
-    assert [r["global_accuracy"] for r in fedbn.rounds] == [None, None]
+    assert fedbn.evaluations[-1]["test_loss"] != fedavg.evaluations[-1]["test_loss"]
+    assert [r["global_accuracy"] for r in fedbn.evaluations] == [None, None]

@@ -34,7 +34,7 @@ def serve() -> Iterator[Callable[..., str]]:
                 except OSError:
                     pass  # a probe hangs up without reading
 
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
+            def log_message(self, format: str, *args: object) -> None:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

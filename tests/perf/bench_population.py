@@ -35,8 +35,8 @@ def test_population(algo, clients, participants, rounds, benchmark, say, tmp_pat
     gigabytes = result["memory"] / 1e9
     each = f"{statistics.median(result['rounds']):.3f} s a round, " if result["rounds"] else ""
     say(
-        f"{algo}, {clients:6} clients, {participants:4} a round: {each}{result['last_round_and_evaluation']:.1f} s "
-        f"for the last one and the test of all clients; {gigabytes:.2f} GB at most"
+        f"{algo}, {clients:6} clients, {participants:4} a round: {each}{result['evaluation']:.1f} s "
+        f"for the evaluation of all clients; {gigabytes:.2f} GB at most"
     )
     shutil.rmtree(tmp_path)
     assert result["memory"] < BOUND

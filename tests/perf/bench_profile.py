@@ -12,10 +12,10 @@ import torch
 import workload
 from torch.utils.flop_counter import FlopCounterMode
 
-import pflbench.core.client
 from pflbench.core import models
-from pflbench.engine import executors
-from pflbench.store import record
+from pflbench.core.training import Optimiser
+from pflbench.engine import work
+from pflbench.store.folder import Writer
 
 HERE = Path(__file__).parent
 WORKERS = 2
@@ -55,12 +55,11 @@ def clocks(monkeypatch, tmp_path):
         return wrapper
 
     def noted(function):
-        def wrapper(self, task):
+        def wrapper(self, job):
             spent.update(dict.fromkeys(spent, 0.0))
-            result = function(self, task)
-            line = json.dumps(
-                {"round": task.round - 1 if not task.test else task.round, "all": result.seconds, **spent}
-            )
+            result = function(self, job)
+            step = job.round if isinstance(job, work.Evaluate) else job.round - 1
+            line = json.dumps({"round": step, "all": result.seconds, **spent})
             with (tmp_path / f"{os.getpid()}.jsonl").open("a") as file:
                 file.write(line + "\n")
             return result
@@ -70,12 +69,12 @@ def clocks(monkeypatch, tmp_path):
     monkeypatch.setattr(models.Net, "forward", timed("forward", models.Net.forward))
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", timed("forward", torch.nn.functional.cross_entropy))
     monkeypatch.setattr(torch.autograd, "grad", timed("backward", torch.autograd.grad))
-    monkeypatch.setattr(pflbench.core.client._SGD, "step", timed("optimiser", pflbench.core.client._SGD.step))
-    monkeypatch.setattr(executors, "save_state", timed("states", executors.save_state))
-    monkeypatch.setattr(executors.Work, "__call__", noted(executors.Work.__call__))
+    monkeypatch.setattr(Optimiser, "step", timed("optimiser", Optimiser.step))
+    monkeypatch.setattr(work, "save_state", timed("states", work.save_state))
+    monkeypatch.setattr(work.Work, "__call__", noted(work.Work.__call__))
 
     def total(steps):
-        """The seconds of all workers in `steps`: training of a round, and testing of the one before."""
+        """The seconds of all workers in `steps`: training of a round, and evaluation of the one before."""
         lines = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
         lines = [line for line in lines if line["round"] in steps]
         return {part: sum(line[part] for line in lines) for part in ("all", *spent)}
@@ -88,10 +87,10 @@ def test_where_the_time_goes(federation, rounds, benchmark, clocks, say, request
     benchmark.group = "profile"
     before = peaks()
     with rounds(federation, algo="fedavg") as run:
-        run.round()
+        run.step()
         pairs = request.config.getoption("--pairs")
-        benchmark.pedantic(run.round, rounds=pairs)
-    spent = clocks(range(2, 2 + pairs))  # the step in which round 1 was tested has begun before
+        benchmark.pedantic(run.step, rounds=pairs)
+    spent = clocks(range(1, 1 + pairs))  # in the step that evaluates round 1, round 2 is trained
     seconds = sum(benchmark.stats.stats.data)
     useful = {part: spent[part] / (WORKERS * seconds) for part in ("forward", "backward", "optimiser")}
     own = 1 - sum(useful.values())
@@ -121,15 +120,15 @@ def test_what_checkpoints_cost(federation, rounds, benchmark, clocks, say, reque
 
         return wrapper
 
-    for name in ("add_round", "checkpoint"):
-        monkeypatch.setattr(record.Writer, name, timed(getattr(record.Writer, name)))
+    for name in ("add_round", "add_evaluation", "checkpoint"):
+        monkeypatch.setattr(Writer, name, timed(getattr(Writer, name)))
     with rounds(federation, algo="fedas", out=tmp_path / "runs") as run:
-        run.round()
+        run.step()
         written.clear()
         pairs = request.config.getoption("--pairs")
-        benchmark.pedantic(run.round, rounds=pairs)
+        benchmark.pedantic(run.step, rounds=pairs)
     seconds = sum(benchmark.stats.stats.data)
-    share = (sum(written) + clocks(range(2, 2 + pairs))["states"] / WORKERS) / seconds
+    share = (sum(written) + clocks(range(1, 1 + pairs))["states"] / WORKERS) / seconds
     say(f"checkpoints: {share:.1%} of a round of FedAS")
     benchmark.extra_info.update(share=share)
 
@@ -139,10 +138,11 @@ def test_utilisation_with_two_unequal_clients_a_round(algo, images, rounds, benc
     """FedAS's published setting: 2 of 20 take part. What one of them leaves idle, the other work of the round fills."""
     benchmark.group = "2 of 20 clients a round"
     with rounds(workload.federation(images), algo=algo, join_ratio=0.1) as run:
-        run.round()
-        benchmark.pedantic(run.round, rounds=12)
+        run.step()
+        benchmark.pedantic(run.step, rounds=12)
         rows = run.rows[1:]
-    busy = sum(row["busy_seconds"] for row in rows) / sum(WORKERS * row["seconds"] for row in rows)
+    both = [*rows, *run.evaluations]  # of the same steps
+    busy = sum(row["busy_seconds"] for row in both) / sum(WORKERS * row["seconds"] for row in both)
     sizes = [sorted(len(run._federation.clients[c].train) for c in row["participants"]) for row in rows]
     bound = sum(sum(pair) for pair in sizes) / sum(2 * max(pair) for pair in sizes)
     say(f"{algo}: {busy:.0%} of {WORKERS} workers' time is work; training alone could fill {bound:.0%}")

@@ -1,21 +1,19 @@
 """A round of W, by every method, in turn with the plain loop."""
 
+import facts
 import pytest
 
 from pflbench.core import registry
-
-SETTINGS = {  # what a method needs for these data
-    "fedbn": {"norm": "batch"},
-    "pfedme": {"hyperparameters": {"inner_lr": 0.01}},  # with 0.09 it diverges
-}
 
 
 @pytest.mark.parametrize("algo", sorted(registry.algorithms()))
 def test_round(algo, federation, rounds, benchmark, against_plain, say):
     benchmark.group = "a round of W"
-    with rounds(federation, algo=algo, **SETTINGS.get(algo, {})) as run:
-        run.round()  # the first includes the start
-        found = against_plain(run.round)
+    known = facts.of(algo)
+    settings = {"norm": "batch"} if known.norm else {}
+    with rounds(federation, algo=algo, **settings, **known.bench) as run:
+        run.step()  # the first includes the start
+        found = against_plain(run.step)
         row = run.rows[-1]
     trained = sum(len(c.train) for c in federation.clients)
     passes = {way: row[way] / trained for way in ("forward", "backward")}

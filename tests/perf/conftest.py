@@ -22,11 +22,14 @@ WORKERS = 2
 def pytest_addoption(parser):
     parser.addoption("--scale", type=float, default=0.1, help="how much of W is computed: 1 is all of it")
     parser.addoption("--pairs", type=int, default=3, help="how often the plain loop and pflbench take turns")
-    parser.addoption("--update-ratios", action="store_true", help="write ratios.json anew")
+    parser.addoption("--update-ratios", action="store_true", help="replace the numbers in ratios.json")
 
 
-class Rounds:
-    """A run of pflbench that waits after each round until the next is wanted."""
+class Rounds(pflbench.Observer):
+    """A run of pflbench that waits after each round until the next is wanted.
+
+    `rows` are the lines of its rounds, `evaluations` those of its evaluations.
+    """
 
     def __init__(self, federation, out=None, **settings):
         defaults = {"local_epochs": 1, "batch_size": 10, "join_ratio": 1.0, "rounds": 1000}
@@ -36,17 +39,23 @@ class Rounds:
         self._go, self._done = queue.Queue(), queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.rows = []
+        self.evaluations = []
+
+    def round(self, row):
+        """Note a round, and wait until the next is wanted."""
+        self.rows.append(row)
+        self._done.put(None)
+        if self._go.get():
+            raise KeyboardInterrupt
+
+    def evaluation(self, row):
+        """Note an evaluation."""
+        self.evaluations.append(row)
 
     def _run(self):
-        def pause(row):
-            self.rows.append(row)
-            self._done.put(None)
-            if self._go.get():
-                raise KeyboardInterrupt
-
         try:
             self._go.get()
-            record = pflbench.run(self._spec, self._federation, workers=WORKERS, out=self._out, on_round=pause)
+            record = pflbench.run(self._spec, self._federation, workers=WORKERS, out=self._out, observers=[self])
             self._done.put(RuntimeError(f"the run has ended: {record.status} {record.reason}"))
         except KeyboardInterrupt:
             pass
@@ -61,7 +70,7 @@ class Rounds:
         self._go.put("stop")
         self._thread.join()
 
-    def round(self):
+    def step(self):
         """Compute until the next round's line is there: one round's training beside one round's evaluation."""
         self._go.put(None)
         error = self._done.get()
@@ -86,6 +95,11 @@ class Plain:
     def close(self):
         self._process.stdin.close()
         self._process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Leave torch its threads, unlike in the tests: they are part of what is timed."""
 
 
 @pytest.fixture(scope="session")

@@ -45,20 +45,27 @@ def main(algo, clients, participants, rounds, out):
     )  # fmt: skip
     watcher = threading.Thread(target=watch)
 
-    def start(_):  # after the workers were forked
-        watcher.start()
-        times.append(time.perf_counter())
+    class Watch(pflbench.Observer):
+        """Notes the time when the workers were forked, and after each round and the evaluation, which is the last."""
 
-    pflbench.run(
-        spec, federation, workers=2, out=out, on_start=start, on_round=lambda _: times.append(time.perf_counter())
-    )
+        def start(self, experiment):
+            watcher.start()
+            times.append(time.perf_counter())
+
+        def round(self, row):
+            times.append(time.perf_counter())
+
+        def evaluation(self, row):
+            times.append(time.perf_counter())
+
+    pflbench.run(spec, federation, workers=2, out=out, observers=[Watch()])
     ended.set()
     watcher.join()
     print(
         json.dumps(
             {
                 "rounds": [b - a for a, b in itertools.pairwise(times[1:-1])],
-                "last_round_and_evaluation": times[-1] - times[-2],
+                "evaluation": times[-1] - times[-2],
                 "memory": most,
             }
         )

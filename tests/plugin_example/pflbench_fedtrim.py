@@ -8,28 +8,24 @@ Deviations: the paper trims gradients, this trims the models after local trainin
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from pflbench import Message, register, setting
 from pflbench.algorithms.fedavg import FedAvg
-from pflbench.core.algorithm import State
+from pflbench.core import Round, State, Upload, register, setting
 
 
 @register("fedtrim")
 class FedTrim(FedAvg):
     """FedAvg with a trimmed mean."""
 
-    @dataclass(frozen=True)
-    class Hyper:
-        trim: float = setting(0.1, "share of the uploads to leave out at either end", ge=0, le=0.49)
+    trim: float = setting(0.1, "share of the uploads to leave out at either end", ge=0, le=0.49)
 
-    def aggregate(self, server: State, ups: Sequence[Message]) -> State:
-        cut = int(self.h.trim * len(ups))
+    def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
+        cut = int(self.trim * len(uploads))
 
         def trimmed(name: str) -> torch.Tensor:
-            ordered = torch.stack([up["model"][name] for up in ups]).sort(dim=0).values
-            return ordered[cut : len(ups) - cut].mean(dim=0)
+            ordered = torch.stack([upload["model"][name] for upload in uploads]).sort(dim=0).values
+            return ordered[cut : len(uploads) - cut].mean(dim=0)
 
         return {"model": {name: trimmed(name) for name in server["model"]}}

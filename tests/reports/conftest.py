@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pflbench import RunSpec
+from pflbench.store import schema
 
 CLIENTS, CLASSES = 10, 4
+OLD = Path(__file__).parents[1] / "data" / "schema1"
 
 
 def sha(*parts):
@@ -19,18 +21,19 @@ def sha(*parts):
 
 
 def write_record(
-    out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, peak=None, hyper=None, edit=None, **settings
+    out, algo="fedavg", *, level=0.5, spread=0.1, evaluations=5, peak=None, hyper=None, edit=None, kind=2, **settings
 ):
     """Write the record of a run whose clients' accuracies are around `level` in the end; return its folder.
 
     With `peak` they are highest after that round, and the global model's after the first. `edit` may change what
-    run.json holds.
+    run.json holds. `kind` is the record's schema.
     """
     defaults = {"clients": CLIENTS, "dataset": "cifar10", "alpha": 0.1, "rounds": evaluations, "join_ratio": 0.5}
     spec = RunSpec(algo=algo, hyperparameters=hyper or {}, **{**defaults, **settings}).normalised()
+    name = spec.run_id({})
     draw = np.random.RandomState(spec.seed)
     n = draw.randint(20, 60, spec.clients)
-    rounds, clients = [], []
+    rounds, tests, clients = [], [], []
     for i in range(1, evaluations + 1):
         rise = (i if peak is None else evaluations - abs(peak - i)) / evaluations
         whole = 0.5 if peak is None else 2.0 / i
@@ -41,9 +44,14 @@ def write_record(
             {
                 "round": i, "participants": [0, 1], "train_loss": 1.0 / i, "bytes_up": 1000, "bytes_down": 2000,
                 "steps": 7, "forward": 70, "backward": 70, "seconds": 0.5, "busy_seconds": 0.9,
-                "accuracy": right.sum() / n.sum(), "accuracy_mean": each.mean(), "accuracy_std": each.std(),
-                "accuracy_worst10": np.sort(each)[: -(-len(each) // 10)].mean(),
+            }
+        )  # fmt: skip
+        tests.append(
+            {
+                "round": i, "accuracy": right.sum() / n.sum(), "accuracy_mean": each.mean(),
+                "accuracy_std": each.std(), "accuracy_worst10": np.sort(each)[: -(-len(each) // 10)].mean(),
                 "global_accuracy": None if algo == "local" else whole * right.sum() / n.sum(), "test_loss": 1.0,
+                "steps": 3, "forward": 30, "backward": 30, "seconds": 0.25, "busy_seconds": 0.4,
             }
         )  # fmt: skip
         clients += [
@@ -51,12 +59,20 @@ def write_record(
              "global_accuracy": None if algo == "local" else whole * each[c]}
             for c in range(spec.clients)
         ]  # fmt: skip
+    if kind == 1:
+        rounds = [
+            {**row, **{name: value for name, value in test.items() if name not in row}, "seconds": 0.75}
+            for row, test in zip(rounds, tests, strict=True)
+        ]
+        metrics = schema.metrics_fingerprint_1(rounds, clients)
+    else:
+        metrics = schema.metrics_fingerprint(rounds, tests, clients)
     run = {
-        "schema": 1, "id": spec.id, "status": "finished", "reason": None, "summary": {"rounds": len(rounds)},
+        "schema": kind, "id": name, "status": "finished", "reason": None, "summary": {"rounds": len(rounds)},
         "spec": spec.to_dict(),
         "fingerprints": {
             "data": sha(spec.dataset), "partition": sha(spec.dataset, spec.alpha, spec.seed), "initial": sha(spec.seed),
-            "algorithm": sha(algo), "metrics": sha(spec.id), "states": sha(spec.id, 1),
+            "algorithm": sha(algo), "metrics": metrics, "states": sha(name),
         },
         "versions": {"python": "3.11.7", "pflbench": "0.1.0", "torch": "2.15.0"},
         "machine": {"system": "Linux", "processor": "one", "cores": 2, "executor": "processes", "workers": 2,
@@ -64,17 +80,18 @@ def write_record(
     }  # fmt: skip
     if edit is not None:
         edit(run)
-    folder = Path(out) / spec.id
+    folder = Path(out) / name
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(run))
-    (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
-    pq.write_table(pa.Table.from_pylist(clients), folder / "clients.parquet")
+    for file, rows in (("rounds", rounds), ("evaluations", tests))[:kind]:
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(schema.table(clients, schema.CLIENTS), folder / "clients.parquet")
     samples = [
         {"client": c, "class": k, "train": 3 * (c + k) + 1, "test": c + k}
         for c in range(spec.clients)
         for k in range(CLASSES)
     ]
-    pq.write_table(pa.Table.from_pylist(samples), folder / "samples.parquet")
+    pq.write_table(schema.table(samples, schema.SAMPLES), folder / "samples.parquet")
     return folder
 
 
@@ -97,3 +114,9 @@ def grid(tmp_path_factory):
                 for seed in range(3):
                     write_record(out, algo, level=level - alpha / 5, dataset=dataset, alpha=alpha, seed=seed)
     return out
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A folder with the four runs that cc204e1 recorded, in schema 1: fedas and fedavg, two seeds."""
+    return shutil.copytree(OLD, tmp_path / "old")

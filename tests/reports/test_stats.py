@@ -65,8 +65,8 @@ def test_settings_that_a_method_lacks_are_not_ranked_and_too_few_are_said_to_be_
     rows = [[0.9, 0.5, 0.1]] * 5
     rows[0] = [0.9, 0.5, np.nan]
     assert stats.ranks(table(rows)) == (
-        "Average ranks need at least 3 methods and 5 settings that all of them ran; "
-        "here are 3 methods and 4 such settings."
+        "Average ranks need at least 3 methods, and 5 settings that all of them ran. "
+        "This table has 3 methods and 4 such settings."
     )
     assert "2 methods" in stats.ranks(table([[0.9, 0.5]] * 5))
 
@@ -84,7 +84,13 @@ def test_cliques_are_the_longest_groups_within_the_critical_difference():
 
 def test_what_it_took_to_reach_a_target():
     curve = pd.DataFrame(
-        {"round": [2, 4, 6], "accuracy": [0.1, 0.5, 0.4], "megabytes": [1, 2, 3], "elapsed": [5, 6, 7]}
+        {
+            "round": [2, 4, 6],
+            "accuracy": [0.1, 0.5, 0.4],
+            "megabytes": [1, 2, 3],
+            "elapsed": [5, 6, 7],
+            "evaluating": [7, 8, 9],
+        }
     )
-    assert list(stats.rounds_to(curve, 0.45)) == [4, 2, 6]
-    assert stats.rounds_to(curve, 0.51) is None
+    assert list(stats.costs_to(curve, 0.45)) == [4, 2, 6, 8]
+    assert stats.costs_to(curve, 0.51) is None

@@ -1,14 +1,7 @@
-import csv
-import io
-import re
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 
-from pflbench.reports import accuracy
-from pflbench.reports.accuracy import Comparisons, accuracy_tables
+from pflbench.reports.accuracy import Comparisons, accuracy_tables, duels
 from pflbench.reports.frames import load, scores
 
 
@@ -20,7 +13,7 @@ def made(folder, metric="accuracy", selection="last"):
 def test_cells_are_mean_and_sample_deviation_over_seeds_of_the_runs_they_name(grid):
     runs, (table,) = made(grid)
     values = scores(runs)
-    assert table.rows == ["fedas", "fedavg", "fedper", "local"]
+    assert table.rows == ["FedAS", "FedAvg", "FedPer", "Local"]
     assert list(table.columns.values()) == [
         ("cifar10", "α=0.1"), ("cifar10", "α=0.5"), ("cifar100", "α=0.1"), ("cifar100", "α=0.5"),
     ]  # fmt: skip
@@ -44,7 +37,7 @@ def test_the_best_of_each_column_is_marked_and_what_is_as_good(write, tmp_path):
     _, (table,) = made(tmp_path)
     marks = {method: table.row(method)[0].mark for method in table.rows}
     assert sorted(marks.values()) == ["", "best", "close"] or sorted(marks.values()) == ["", "best", "best"]
-    assert marks["fedavg"] == ""
+    assert marks["FedAvg"] == ""
     assert "Wilcoxon's signed-rank test, one-sided at 5 %" in table.notes[0]
     assert "paired over seeds and clients, with Holm's correction" in table.notes[0]
 
@@ -54,14 +47,14 @@ def test_only_runs_of_one_seed_and_partition_are_pairs(write, tmp_path):
         write(tmp_path, "fedas", level=0.8, seed=seed)
         write(tmp_path, "fedper", level=0.5, seed=seed + 2)
     runs = load(tmp_path)
-    assert Comparisons(runs, "accuracy", "last").better(0, "fedas", "fedper") is None
+    assert Comparisons(runs, "accuracy", "last").better(0, "FedAS", "FedPer") is None
     write(tmp_path, "fedper", level=0.5, seed=0)
     runs = load(tmp_path)
-    assert Comparisons(runs, "accuracy", "last").better(0, "fedas", "fedper") == pytest.approx(1 / 2**10)
-    assert Comparisons(runs, "accuracy_std", "last").better(0, "fedas", "fedper") is None
+    assert Comparisons(runs, "accuracy", "last").better(0, "FedAS", "FedPer") == pytest.approx(1 / 2**10)
+    assert Comparisons(runs, "accuracy_std", "last").better(0, "FedAS", "FedPer") is None
 
 
-def test_one_protocol_is_one_table_and_a_missing_cell_is_shown_as_missing(write, tmp_path):
+def test_one_protocol_is_one_table_and_a_missing_cell_is_none(write, tmp_path):
     write(tmp_path, "fedavg")
     write(tmp_path, "fedas", dataset="cifar100")
     write(tmp_path, "fedas", lr=0.1)
@@ -71,12 +64,7 @@ def test_one_protocol_is_one_table_and_a_missing_cell_is_shown_as_missing(write,
     assert "lr 0.1" in found[0].title + found[1].title
     wide = max(found, key=lambda t: len(t.columns))
     assert [[c is None for c in wide.row(m)] for m in wide.rows] == [[True, False], [False, True]]
-    text = accuracy.markdown(wide)
-    assert text.count("missing") == 2
-    assert accuracy.latex(wide).count("--") >= 2
-    rows = list(csv.DictReader(io.StringIO(accuracy.csv_text(found))))
-    assert [r["seeds"] for r in rows].count("0") == 2
-    assert "One seed: there is no standard deviation" in wide.notes[-1]
+    assert "Each cell is one seed: it has no standard deviation" in wide.notes[-1]
 
 
 def test_settings_with_one_label_are_told_apart(write, tmp_path):
@@ -113,66 +101,55 @@ def test_metrics_without_a_value_per_client_are_not_tested_and_the_lowest_deviat
     own = {m: table.row(m)[0].mean for m in table.rows}
     assert [m for m in table.rows if table.row(m)[0].mark == "best"] == [min(own, key=own.get)]
     assert {c.mark for c in table.cells.values()} == {"best", ""}
-    assert "nothing is compared client by client" in table.notes[0]
+    assert "no test compares the methods client by client" in table.notes[0]
 
 
 def test_local_has_no_global_model_and_its_cells_are_missing(grid):
     _, (table,) = made(grid, "global_accuracy")
-    assert table.row("local") == [None] * 4
-    assert all(table.row("fedavg"))
-
-
-def test_selection_by_the_test_data_is_labelled_as_what_it_is(grid):
-    _, (table,) = made(grid, selection="best-test")
-    assert "best round on the TEST data" in accuracy.markdown(table)
-    assert "best round on the TEST data" in accuracy.latex(table)
+    assert table.row("Local") == [None] * 4
+    assert all(table.row("FedAvg"))
 
 
 def test_wins_and_losses_mirror_each_other(grid):
     runs, (table,) = made(grid)
-    matrix = accuracy.duels(table, Comparisons(runs, "accuracy", "last"))
-    assert matrix.counts["fedas", "fedavg"] == (4, 0, 0)
-    assert matrix.text("fedas", "fedas") == ""
+    matrix = duels(table, Comparisons(runs, "accuracy", "last"))
+    assert matrix.counts["FedAS", "FedAvg"] == (4, 0, 0)
+    assert matrix.text("FedAS", "FedAS") == ""
     for (a, b), counts in matrix.counts.items():
         assert counts == matrix.counts[b, a][::-1]
         assert sum(counts) == 4
-    assert "every client has" in accuracy.duels(table, Comparisons(runs, "accuracy_std", "last"))
+    assert "each client has" in duels(table, Comparisons(runs, "accuracy_std", "last"))
 
 
 def test_too_few_runs_have_no_matrix(write, tmp_path):
     write(tmp_path, "fedas")
     write(tmp_path, "fedavg", seed=1)
     runs, (table,) = made(tmp_path)
-    assert "nothing to compare in pairs" in accuracy.duels(table, Comparisons(runs, "accuracy", "last"))
+    assert "no runs can be compared in pairs" in duels(table, Comparisons(runs, "accuracy", "last"))
 
 
-def test_markdown_marks_and_escapes(grid):
+def test_runs_of_different_sources_have_rows_of_their_own_and_all_are_used(write, tmp_path):
+    """Two runs of an older source and one that was mended: no majority decides."""
+
+    def mended(run):
+        run["fingerprints"]["algorithm"] = "abcdef" + "0" * 58
+
+    older = [write(tmp_path, "fedas", level=0.8, seed=seed) for seed in (0, 1)]
+    newer = write(tmp_path, "fedas", level=0.5, seed=2, edit=mended)
+    write(tmp_path, "local", seed=0)
+    runs, (table,) = made(tmp_path)
+    assert runs.left_out.empty
+    first = runs.runs.set_index("run")["algorithm_fingerprint"][older[0].name][:6]
+    rows = [f"FedAS (source {first})", "FedAS (source abcdef)"]
+    assert table.rows == [*sorted(rows), "Local"]
+    cells = {method: table.row(method)[0] for method in rows}
+    assert [sorted(cells[method].runs) for method in rows] == [sorted(path.name for path in older), [newer.name]]
+    assert cells[rows[1]].mean == scores(runs)[newer.name]
+    (note,) = (note for note in table.notes if "source" in note)
+    assert note.startswith("Runs of FedAS have different sources")
+    assert "Nothing is averaged over sources" in note
+
+
+def test_runs_of_one_source_have_no_note_on_sources(grid):
     _, (table,) = made(grid)
-    lines = [line for line in accuracy.markdown(table).splitlines() if line.startswith("|")]
-    assert lines[0] == "| method | cifar10, α=0.1 | cifar10, α=0.5 | cifar100, α=0.1 | cifar100, α=0.5 |"
-    assert len({line.count("|") for line in lines}) == 1
-    assert all(sum(f"**{c.text()}**" in line for line in lines) for c in table.cells.values() if c.mark == "best")
-    assert re.search(r"\| \d\d\.\d\d ± \d+\.\d\d \|", lines[3])
-
-
-def test_the_latex_table_compiles_in_a_bare_article(write, tmp_path):
-    for seed in (0, 1):
-        write(tmp_path / "runs", "fedas", seed=seed, hyper={"align_lr": 0.1})
-        write(tmp_path / "runs", "fedas", seed=seed, hyper={"align_lr": 0.2})
-        write(tmp_path / "runs", "local", seed=seed, dataset="folder:my_images & more%")
-        write(tmp_path / "runs", "local", seed=seed, partition="pathological", alpha=None)
-    _, (table,) = made(tmp_path / "runs")
-    text = accuracy.latex(table)
-    assert r"folder:my\_images \& more\%" in text
-    assert r"fedas align\_lr=0.1" in text
-    assert text.isascii()
-    kpsewhich = shutil.which("kpsewhich")
-    if kpsewhich is None or subprocess.run([kpsewhich, "booktabs.sty"], capture_output=True, check=False).returncode:
-        pytest.skip("LaTeX with booktabs is missing (Debian: texlive-latex-recommended)")
-    (tmp_path / "paper.tex").write_text(
-        "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n"
-    )
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert (tmp_path / "paper.pdf").exists()
+    assert not [note for note in table.notes if "source" in note]

@@ -1,0 +1,22 @@
+"""`pflbench export`: records as files for pandas and others."""
+
+import click
+
+from pflbench.cli import options
+from pflbench.cli.report import load
+
+
+@click.command("export")
+@options.runs
+@click.option("--format", "kind", metavar="TEXT", default="csv", help="csv or parquet  [default: csv]")
+@options.out("export", "the tables")
+def command(runs: tuple[str, ...], kind: str, out: str) -> None:
+    """Write tidy tables for pandas and others: runs, rounds and clients.
+
+    RUNS are run folders, or folders of them  [default: runs].
+    """
+    from pflbench.reports import frames
+
+    folder = options.folder("out", out)
+    for path in frames.export(load(runs), folder, kind):
+        click.echo(path)

@@ -1,0 +1,107 @@
+"""`pflbench sweep`: many experiments."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pflbench.cli import options
+from pflbench.errors import PflbenchError, UsageError, unknown
+from pflbench.sweep.suite import Suite, labels, suites
+
+if TYPE_CHECKING:
+    from pflbench.engine.experiment import Experiment
+
+
+@click.command("sweep")
+@click.argument("suite", required=False)
+@options.spec(many=True)
+@click.option("--jobs", metavar="INT", help="runs at once, of one worker each  [default: one per core]")
+@options.out("runs", "records")
+@options.data_dir
+@click.option("--retry", is_flag=True, help="run failed runs again, and interrupted runs from the beginning")
+@click.option("--dry-run", is_flag=True, help="print the plan, and stop")
+@click.option("--quiet", is_flag=True, help="print no progress")
+@options.as_json
+def command(
+    suite: str | None,
+    jobs: str | None,
+    out: str,
+    data_dir: str | None,
+    retry: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    **given: tuple[str, ...],
+) -> None:
+    """Run a grid: SUITE, a TOML file or a ready suite, and every combination of the options, which may be repeated.
+
+    Finished runs are skipped: to continue an interrupted sweep, start it again.
+    """
+    from pflbench.engine.cores import cores
+
+    chosen = Suite() if suite is None else _suite(suite)
+    grid = {name: list(values) for name, values in given.items() if values}
+    chosen = dataclasses.replace(chosen, grid={**chosen.grid, **grid})
+    if not chosen.grid and not chosen.include:
+        raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
+    folder = options.folder("out", out)
+    count = cores() if jobs is None else options.integer("jobs", jobs)
+    if count < 1:
+        raise UsageError(f"jobs: {count} is out of bounds; it must be >= 1")
+    data = options.data_folder(data_dir)
+
+    from pflbench.sweep import runner
+
+    runs = runner.plan(chosen.specs(), data, options.notice, download=not dry_run)
+    found = {run.id: runner.status(run, folder) for run in runs}
+    if retry:
+        found = {run: status if status == "finished" else None for run, status in found.items()}
+    if other := runner.of_other_code([run for run in runs if found[run.id] == "finished"], folder):
+        name, what = next(iter(other.items()))
+        options.notice(
+            f"other code made {len(other)} of the recorded runs (for example {name}: {what}); "
+            "to run them again, move their records away"
+        )
+    if dry_run:
+        _show_plan(runs, found, as_json=as_json)
+        return
+    from pflbench.cli.display import Sweeping
+    from pflbench.files import check_out
+
+    check_out(folder)
+    with Sweeping(runs, found, quiet=quiet or as_json) as progress:
+        failed = runner.compute(runs, folder, jobs=count, retry=retry, on_event=progress.event)
+    if as_json:
+        ended = {run.id: runner.status(run, folder) for run in runs}
+        computed = sum(status is None for status in found.values())
+        click.echo(
+            json.dumps({"runs": len(runs), "computed": computed, "status": {**ended, **failed}, "failed": failed})
+        )
+    for run, label in zip(runs, labels([run.spec for run in runs]), strict=True):
+        if run.id in failed:
+            click.echo(f"failed: {run.id} {label}: {failed[run.id]}", err=True)
+    if failed:
+        raise PflbenchError(f"{len(failed)} of {len(runs)} runs failed")
+
+
+def _show_plan(runs: "list[Experiment]", found: dict[str, str | None], *, as_json: bool) -> None:
+    from pflbench.cli.display import counts
+
+    if as_json:
+        click.echo(json.dumps([{"id": r.id, "status": found[r.id], "spec": r.spec.to_dict()} for r in runs]))
+        return
+    for run, label in zip(runs, labels([run.spec for run in runs]), strict=True):
+        click.echo(f"{run.id}  {found[run.id] or 'to do'}  {label}")
+    click.echo(counts(found))
+
+
+def _suite(name: str) -> Suite:
+    """Return the ready suite `name`, or that in the file `name`."""
+    ready = suites()
+    path = ready.get(name, Path(name))
+    if name not in ready and not path.suffix:
+        raise unknown("suite", name, ready)
+    return Suite.from_toml(options.toml(path, "suite"), path)

@@ -1,0 +1,35 @@
+"""What every executor is: it computes jobs, and the results are the same bits whoever computes them."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from pflbench.engine.work import Job, Result
+
+
+class Executor(Protocol):
+    """Computes jobs; a context manager that frees its processes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def map(self, jobs: Sequence[Job]) -> list[Result | Exception]:
+        """Return the results of `jobs`, in their order. The result of a job that failed is its exception."""
+        ...
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread for the clients' and the server's work: sums then have one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

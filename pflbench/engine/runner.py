@@ -1,0 +1,100 @@
+"""Run an experiment."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pflbench import files
+from pflbench.core.models import Net
+from pflbench.core.params import State
+from pflbench.engine.cores import cores
+from pflbench.engine.executors import EXECUTORS
+from pflbench.engine.executors.base import one_thread
+from pflbench.engine.experiment import Experiment, Notice, prepare
+from pflbench.engine.observers import Observer, Observers
+from pflbench.engine.rounds import Rounds
+from pflbench.engine.work import Work
+from pflbench.errors import UsageError, unknown
+from pflbench.federation import Federation
+from pflbench.spec import RunSpec
+from pflbench.store.folder import Folder
+from pflbench.store.memory import Memory, Store
+from pflbench.store.provenance import machine, versions
+from pflbench.store.record import Record
+from pflbench.store.states import check_state
+
+
+def run(
+    spec: RunSpec | None = None,
+    federation: Federation | None = None,
+    model: Net | None = None,
+    *,
+    executor: str = "processes",
+    workers: int | None = None,
+    out: Path | str | None = None,
+    force: bool = False,
+    resume: bool = False,
+    checkpoint_every: int = 1,
+    data_dir: Path | str | None = None,
+    notice: Notice = lambda _: None,
+    observers: Sequence[Observer] = (),
+) -> Record:
+    """Run `spec` and return its record, with the final states of the server and of all clients.
+
+    `federation` replaces the spec's dataset and partition. `model`, a network with `body` and `head`, replaces the
+    spec's, and its parameters are the initial ones; it is not changed. With `out` the record is written to `out/<id>`,
+    as `pflbench.store.Folder` does with `force`, `resume` and `checkpoint_every`.
+
+    Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
+    process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
+    """
+    check_execution(executor, workers, checkpoint_every)
+    store: Store = Memory() if out is None else Folder(Path(out), force, resume, checkpoint_every)
+    if out is not None:
+        files.check_out(Path(out))
+    experiment = prepare(spec or RunSpec(), federation, model, data_dir=data_dir, notice=notice)
+    return run_experiment(
+        experiment, executor=executor, workers=workers, store=store, notice=notice, observers=observers
+    )
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    executor: str = "processes",
+    workers: int | None = None,
+    store: Store | None = None,
+    notice: Notice = lambda _: None,
+    observers: Sequence[Observer] = (),
+) -> Record:
+    """Compute what `store` lacks of an experiment, and return its record. `notice` gets remarks for the user."""
+    store = store or Memory()
+    algorithm, spec = experiment.algorithm, experiment.spec
+    if found := store.find(experiment.id, algorithm, notice):
+        return found
+    experiment.check(notice)
+    workers = 1 if executor == "serial" else min(workers or cores(), spec.clients)
+    record = Record(experiment.id, spec, versions=versions(), machine=machine(executor, workers))
+    record.fingerprints = dict(experiment.fingerprints)
+    record.samples = experiment.federation.counts()
+    record.server = algorithm.init_server(experiment.setup)
+    initial: State = algorithm.init_client(experiment.setup)
+    check_state(record.server, "the server's first state")
+    check_state(initial, "a client's first state")
+    with store.open(record, algorithm, initial, notice) as log:
+        if isinstance(log, Record):
+            return log
+        work, watch = Work(experiment, log.states), Observers(observers)
+        with one_thread(), EXECUTORS[executor](work, workers) as pool, watch.watching(experiment):
+            Rounds(experiment, record, pool, log, watch).run()
+        log.finish()
+    return record
+
+
+def check_execution(executor: str, workers: int | None, checkpoint_every: int = 1) -> None:
+    """Raise `UsageError` when there is no such executor, or no such number of workers or of rounds."""
+    if executor not in EXECUTORS:
+        raise unknown("executor", executor, EXECUTORS)
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
+    if checkpoint_every < 1:
+        raise UsageError(f"checkpoint_every: {checkpoint_every} is out of bounds; it must be >= 1")

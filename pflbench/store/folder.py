@@ -1,0 +1,256 @@
+"""A run's folder: its logs line by line, its checkpoints, and in the end its record.
+
+While a run is computed its folder is `runs/<id>.partial`; it gets its name `runs/<id>` when everything is written, so
+that a record at `runs/<id>` is complete. What stands at `runs/<id>.partial` can be resumed: it has `rounds.jsonl`,
+`evaluations.jsonl` and `clients.jsonl`, to which lines are appended, and the newest good checkpoint, which says how
+many of their lines count.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pflbench import files
+from pflbench.errors import RunBusy, RunError
+from pflbench.store import schema
+from pflbench.store.checkpoint import LOGS, Checkpoint, checkpoints
+from pflbench.store.provenance import outdated
+from pflbench.store.record import Record, Row
+from pflbench.store.states import ClientStates, StateRef, load_state, save_state
+
+if TYPE_CHECKING:
+    import filelock
+
+    from pflbench.core.algorithm import Algorithm
+    from pflbench.core.params import State
+
+Notice = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Keeps runs in folder `out`.
+
+    A run whose record exists is not computed again, unless with `force`. A checkpoint is written every
+    `checkpoint_every` rounds. Resuming is opt-in: without `resume`, an interrupted run restarts from round 1, which is
+    what you want after changing code or data.
+    """
+
+    out: Path
+    force: bool = False
+    resume: bool = False
+    checkpoint_every: int = 1
+
+    def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:
+        """Return the record of `run` if it is the answer: not if a forced run was interrupted and is to be resumed.
+
+        `notice` is told when the code of today may give other numbers.
+        """
+        interrupted = (self.out / f"{run}.partial").exists()
+        if self.force or not (self.out / run).exists() or (self.resume and interrupted):
+            return None
+        record = Record.load(self.out / run)
+        if what := outdated(record.to_dict(), algorithm):
+            notice(f"run {record.id} was made with {what}; --force runs it again")
+        return record
+
+    @contextlib.contextmanager
+    def open(
+        self, record: Record, algorithm: "Algorithm", initial: "State", notice: Notice
+    ) -> "Iterator[Writer | Record]":
+        """Hold the run against other processes, and yield its writer; or the record, if it has appeared meanwhile.
+
+        Fills the record with what an interrupted run left, if that is to be resumed. The system frees the lock when
+        this process ends, however it ends. Raises `RunBusy` when another process computes the run, `RunError` when
+        there are checkpoints but no good one, or when they are of other data or another pflbench.
+        """
+        import filelock
+
+        try:
+            with lock(self.out, record.id).acquire(timeout=0):
+                writer = Writer(self, record)
+                # The run may have been killed when everything was written.
+                if not self.force and (writer.publish_complete() or self.find(record.id, algorithm, lambda _: None)):
+                    found = self.find(record.id, algorithm, notice)
+                    assert found is not None  # noqa: S101
+                    yield found
+                else:
+                    with files.writing(writer.folder):
+                        writer.start(initial, notice)
+                    yield writer
+        except filelock.Timeout:
+            raise RunBusy(f"run {record.id} is being computed by another process; wait for it to end") from None
+
+
+def lock(out: Path, run: str) -> "filelock.BaseFileLock":
+    """Return the lock of a run."""
+    import filelock
+
+    locks = out / ".locks"
+    with files.writing(locks):
+        locks.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(locks / run)
+
+
+class Writer:
+    """Writes one run's folder. `states` is the folder of its states and uploads."""
+
+    def __init__(self, store: Folder, record: Record) -> None:
+        self._record = record
+        self._resume = store.resume and not store.force
+        self._every = store.checkpoint_every
+        self._final = store.out / record.id
+        self.folder = store.out / f"{record.id}.partial"
+        self.states = self.folder / "checkpoint"
+        self._logs = {name: (0, hashlib.sha256()) for name in LOGS}
+        self._known: set[str] = set()
+        self._server: tuple[int, StateRef] | None = None  # the newest that was written, and its round
+
+    def start(self, initial: "State", notice: Notice) -> None:
+        """Make the folder, or read what an interrupted run left in it."""
+        found = checkpoints(self.states)
+        if self._resume and found:
+            self._read(found, notice)
+            return
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.states.mkdir(parents=True)
+        self._initial = save_state(initial, self.states, "initial.safetensors")
+        self._record.client_states = ClientStates(self._record.spec.clients, initial, {}, self.states)
+        for name in LOGS:
+            self._append(name, [])
+
+    def _read(self, found: list[Path], notice: Notice) -> None:
+        for path in (self.folder, self.states, *self.folder.iterdir(), *self.states.iterdir()):
+            if path.is_symlink():  # we would write to where it leads
+                raise RunError(f"{path} is a symbolic link, which no run makes; --force starts from round 1")
+        good = self._newest_good(found, notice)
+        if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
+            what = ", ".join(changed)
+            raise RunError(f"{self.folder}: {what} changed since it was written; --force starts from round 1")
+        record = self._record
+        rows = {"rounds.jsonl": record.rounds, "evaluations.jsonl": record.evaluations, "clients.jsonl": record.clients}
+        for name, (length, _) in good.logs.items():
+            os.truncate(self.folder / name, length)
+            data = (self.folder / name).read_bytes()
+            self._logs[name] = (length, hashlib.sha256(data))
+            rows[name].extend(json.loads(line) for line in data.decode().splitlines())
+        for newer in found[: found.index(self.states / f"{good.round:06}.json")]:
+            newer.unlink()
+        self._initial = good.initial
+        self._known = {ref.file for ref in good.files()}
+        record.server = load_state(self.states / good.server.file)
+        first = load_state(self.states / good.initial.file)
+        record.client_states = ClientStates(record.spec.clients, first, dict(good.clients), self.states)
+        notice(f"resuming run {record.id} after round {good.round}")
+
+    def _newest_good(self, found: list[Path], notice: Notice) -> Checkpoint:
+        for path in found:
+            try:
+                checkpoint = Checkpoint.read(path)
+                checkpoint.verify(self.folder)
+            except RunError as error:
+                notice(f"checkpoint of round {int(path.stem)} cannot be used: {error}")
+            else:
+                return checkpoint
+        raise RunError(f"{self.folder} has no checkpoint that can be used; --force starts from round 1")
+
+    def add_round(self, row: Row) -> None:
+        """Append a round's line."""
+        with files.writing(self.folder):
+            self._append("rounds.jsonl", [row])
+
+    def add_evaluation(self, row: Row, clients: list[Row]) -> None:
+        """Append an evaluation's line, and those of its clients."""
+        with files.writing(self.folder):
+            self._append("clients.jsonl", clients)
+            self._append("evaluations.jsonl", [row])
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint if one is due after the last round."""
+        if len(self._record.rounds) % self._every == 0:
+            with files.writing(self.folder):
+                named = self._checkpoint()
+                self._delete_all_but(named | self._known)
+                self._known = named
+
+    def _append(self, name: str, rows: list[Row]) -> None:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        with (self.folder / name).open("ab") as file:
+            file.write(data)
+        length, sha = self._logs[name]
+        sha.update(data)
+        self._logs[name] = (length + len(data), sha)
+
+    def _basis(self) -> dict[str, str]:
+        """Return what a run must have in common with its checkpoint, besides the spec."""
+        return {**self._record.fingerprints, **self._record.versions}
+
+    def _checkpoint(self) -> set[str]:
+        """Write a checkpoint; return the names of its files."""
+        record, number = self._record, len(self._record.rounds)
+        assert isinstance(record.client_states, ClientStates)  # noqa: S101
+        changed = record.client_states.changed
+        clients = {client: ref for client, ref in changed.items() if isinstance(ref, StateRef)}
+        if self._server is None or self._server[0] != number:
+            self._server = number, save_state(record.server, self.states, f"server-{number:06}.safetensors")
+        logs = {name: (length, sha.hexdigest()) for name, (length, sha) in self._logs.items()}
+        made = Checkpoint(number, self._server[1], self._initial, clients, self._basis(), logs)
+        made.write(self.states)
+        return {ref.file for ref in made.files()}
+
+    def _delete_all_but(self, named: set[str]) -> None:
+        """Delete the states that no checkpoint of the run names any more."""
+        for path in self.states.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+
+    def finish(self) -> None:
+        """Write the rest and give the folder its final name, in place of an older record of the same run."""
+        with files.writing(self.folder):
+            self._finish()
+
+    def _finish(self) -> None:
+        import pyarrow.parquet as pq
+
+        record = self._record
+        named = self._checkpoint()
+        for path in checkpoints(self.states):
+            if path.name != f"{len(record.rounds):06}.json":
+                path.unlink()
+        self._delete_all_but(named)
+        for name, rows, columns in (
+            ("clients", record.clients, schema.CLIENTS),
+            ("samples", record.samples, schema.SAMPLES),
+        ):
+            pq.write_table(schema.table(rows, columns), self.folder / f"{name}.parquet")
+        files.write(self.folder / "run.json", (json.dumps(record.to_dict(), indent=2) + "\n").encode())
+        self._publish()
+        assert isinstance(record.client_states, ClientStates)  # noqa: S101
+        record.client_states.folder = self._final / "checkpoint"
+        record.path = self._final
+
+    def publish_complete(self) -> bool:
+        """Give a folder in which everything is written its final name; return whether there was one."""
+        complete = (self.folder / "run.json").exists()
+        if complete:
+            with files.writing(self.folder):
+                self._publish()
+        return complete
+
+    def _publish(self) -> None:
+        old = self._final.with_suffix(".old")
+        if old.exists():
+            shutil.rmtree(old)
+        (self.folder / "clients.jsonl").unlink(missing_ok=True)
+        if self._final.exists():
+            self._final.rename(old)
+        self.folder.rename(self._final)
+        if old.exists():
+            shutil.rmtree(old)

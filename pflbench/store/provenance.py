@@ -1,0 +1,87 @@
+"""Where a record comes from: versions, machine, commit, source."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pflbench.core.algorithm import Algorithm
+
+
+_ROOMS = ("core", "engine", "store")  # no result depends on the others
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that results may depend on."""
+    names = ("pflbench", "torch", "torchvision", "numpy", "pyarrow", "safetensors")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def outdated(run: Mapping[str, Any], algorithm: "Algorithm") -> str | None:
+    """Return in what the code that made a record differs from this one; None if in nothing.
+
+    `run` has the record's fingerprints and versions, as in run.json; `algorithm` is its method, as it is now.
+    """
+    if run.get("fingerprints", {}).get("algorithm") != source_fingerprint(algorithm):
+        return f"another source of {algorithm.name} or of pflbench"
+    was, now = run.get("versions", {}), versions()
+    for name in sorted({*was, *now}):
+        if was.get(name) != now.get(name):
+            return f"{name} {was.get(name, 'absent')} and not {now.get(name, 'absent')}"
+    return None
+
+
+def machine(executor: str, workers: int) -> dict[str, Any]:
+    """Return on what the run was computed, and by which commit of pflbench where that is known."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "executor": executor,
+        "workers": workers,
+        "git_commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parents[1]
+    if not (here.parent / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def source_fingerprint(algorithm: "Algorithm") -> str:
+    """Return the SHA-256 of the source of a method: of the modules of its classes, and of all that computes a run."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *(p for room in _ROOMS for p in (root / room).rglob("*.py"))]):
+        digest.update(path.read_bytes())
+    for cls in type(algorithm).__mro__[:-1]:
+        try:
+            digest.update(inspect.getsource(sys.modules[cls.__module__]).encode())
+        except (OSError, TypeError, KeyError):  # defined in a prompt
+            digest.update(f"{cls.__module__}.{cls.__qualname__}".encode())
+    return digest.hexdigest()

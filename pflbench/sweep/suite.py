@@ -1,0 +1,114 @@
+"""Suites: the runs of a sweep."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pflbench.core import registry
+from pflbench.errors import UsageError, unknown
+from pflbench.settings import underscored
+from pflbench.spec import RunSpec
+
+_TABLES = {"base": dict, "grid": dict, "algorithm": dict, "include": list, "exclude": list}
+
+
+def suites() -> dict[str, Path]:
+    """Return the files of the ready suites by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "suites").glob("*.toml"))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A grid of runs.
+
+    Every combination of the lists in `grid` is a run with the settings of `base`. Those of `algorithm` for the run's
+    method override the base, and the grid overrides both. `include` adds runs: each entry's settings override the base.
+    `exclude` removes the runs that match all settings of one of its entries. The key `set` holds hyperparameters.
+    """
+
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    algorithm: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    include: Sequence[Mapping[str, Any]] = ()
+    exclude: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def from_toml(cls, values: Mapping[str, Any], where: Path) -> "Suite":
+        """Return the suite in file `where`, which holds `values`.
+
+        Raises `UsageError` for an unknown table, for one of the wrong shape, and for a name in two spellings.
+        """
+
+        def table(settings: Any) -> dict[str, Any]:
+            if not isinstance(settings, dict):
+                raise UsageError(f"{where}: {settings!r} is not a table of settings")
+            return underscored(settings, where)
+
+        for name, value in values.items():
+            if name not in _TABLES:
+                raise unknown(f"table in {where}", name, _TABLES)
+            if not isinstance(value, _TABLES[name]):
+                shape = f"tables, [[{name}]]" if _TABLES[name] is list else f"a table, [{name}]"
+                raise UsageError(f"{where}: {name} must be {shape}")
+        return cls(
+            base=table(values.get("base", {})),
+            grid=table(values.get("grid", {})),
+            algorithm={name: table(settings) for name, settings in values.get("algorithm", {}).items()},
+            include=[table(entry) for entry in values.get("include", [])],
+            exclude=[table(entry) for entry in values.get("exclude", [])],
+        )
+
+    def specs(self) -> list[RunSpec]:
+        """Return the runs, each once. Raises `UsageError` for unknown names and impossible values."""
+        methods = registry.algorithms() if self.algorithm else {}
+        for name in self.algorithm:
+            if name not in methods:
+                raise unknown("algorithm", name, methods)
+        for name, values in self.grid.items():
+            if not isinstance(values, list | tuple) or not values:
+                raise UsageError(f"grid: {name} must be a list of values, {name} = [...]")
+        found: dict[str, RunSpec] = {}
+        for values in itertools.product(*self.grid.values()) if self.grid else ():
+            given = dict(zip(self.grid, values, strict=True))
+            algo = given.get("algo", self.base.get("algo", RunSpec.algo))
+            self._add(found, {**self.base, **self.algorithm.get(str(algo), {}), **given})
+        for entry in self.include:
+            self._add(found, {**self.base, **entry})
+        return list(found.values())
+
+    def _add(self, found: dict[str, RunSpec], values: dict[str, Any]) -> None:
+        hyperparameters = values.pop("set", {})
+        spec = RunSpec.from_dict({**values, "hyperparameters": hyperparameters})
+        settings = {**spec.to_dict(), "set": hyperparameters}
+        for entry in self.exclude:
+            if strange := [name for name in entry if name not in settings]:
+                raise unknown("setting in exclude", strange[0], settings)
+        if not any(all(settings[name] == value for name, value in entry.items()) for entry in self.exclude):
+            found.setdefault(json.dumps(settings, sort_keys=True, default=str), spec)
+
+
+def labels(specs: Sequence[RunSpec]) -> list[str]:
+    """Return a few words for each run: its method and the settings that differ among the runs.
+
+    A hyperparameter is compared among the runs of its method.
+    """
+
+    def flat(spec: RunSpec) -> dict[str, str]:
+        values = spec.to_dict()
+        hyperparameters = values.pop("hyperparameters")
+        shared = {name: str(value) for name, value in values.items() if name != "algo"}
+        return shared | {f"{spec.algo} {name}": str(value) for name, value in hyperparameters.items()}
+
+    settings = [flat(spec) for spec in specs]
+    seen: dict[str, set[str]] = {}
+    for values in settings:
+        for name, value in values.items():
+            seen.setdefault(name, set()).add(value)
+    varying = [name for name, found in seen.items() if len(found) > 1]
+    return [
+        " ".join([spec.algo, *(f"{name.split()[-1]} {values[name]}" for name in varying if name in values)])
+        for spec, values in zip(specs, settings, strict=True)
+    ]

@@ -1,0 +1,117 @@
+"""The accuracy tables as Markdown, LaTeX, CSV and text for a terminal."""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pflbench.store.schema import METRICS
+
+from .accuracy import AccuracyTable, Cell
+from .frames import SELECTIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+def heading(table: AccuracyTable) -> str:
+    """Return what the numbers of a table are."""
+    text = f"{METRICS[table.metric]}; {SELECTIONS[table.selection]}; in percent"
+    return text[0].upper() + text[1:]
+
+
+def markdown(table: AccuracyTable) -> str:
+    """Return the table as Markdown."""
+
+    def cell(found: Cell | None) -> str:
+        if found is None:
+            return "missing"
+        return {"best": "**{}**", "close": "<u>{}</u>", "": "{}"}[found.mark].format(found.text())
+
+    head = ["method", *(f"{dataset}, {kind}" for dataset, kind in table.columns.values())]
+    lines = [head, ["---", *("---:" for _ in table.columns)]]
+    lines += [[method, *map(cell, table.row(method))] for method in table.rows]
+    text = "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in lines)
+    notes = "".join(f"- {note}\n" for note in table.notes)
+    return f"{heading(table)}. Protocol: {table.title}.\n\n{text}\n\n{notes}"
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$"} | {
+    char: "\\" + char for char in "&%$#_{}"
+}
+
+
+def tex(text: str) -> str:
+    """Return `text` with the characters escaped that mean something else to LaTeX."""
+    return "".join(_TEX.get(char, char) for char in text)
+
+
+def latex(table: AccuracyTable) -> str:
+    """Return the table as LaTeX, for a document with `booktabs`."""
+
+    def cell(found: Cell | None) -> str:
+        if found is None:
+            return "--"
+        number = found.text().replace(" ± ", r"\,$\pm$\,")
+        return {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "": "{}"}[found.mark].format(number)
+
+    groups = [(name, len(list(found))) for name, found in itertools.groupby(d for d, _ in table.columns.values())]
+    top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(name)}}}" for name, n in groups)
+    ends = list(itertools.accumulate((n for _, n in groups), initial=1))
+    rules = " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in itertools.pairwise(ends))
+    body = "\n".join(rf"  {tex(m)} & {' & '.join(map(cell, table.row(m)))} \\" for m in table.rows)
+    notes = "".join(f"% {line}\n" for line in (f"{heading(table)}. Protocol: {table.title}.", *table.notes))
+    return rf"""{notes.replace("±", "+-").replace("α", "alpha")}\begin{{tabular}}{{l{"r" * len(table.columns)}}}
+  \toprule
+  & {top} \\
+  {rules}
+  method & {" & ".join(tex(kind) for _, kind in table.columns.values())} \\
+  \midrule
+{body}
+  \bottomrule
+\end{{tabular}}
+"""
+
+
+def rows(table: AccuracyTable) -> Iterator[dict[str, Any]]:
+    """Yield a dict for each cell, and for each missing cell."""
+    for method in table.rows:
+        for (dataset, kind), cell in zip(table.columns.values(), table.row(method), strict=True):
+            found = cell or Cell(math.nan, None, None, ())
+            low, high = found.interval or (None, None)
+            yield {
+                "protocol": table.title, "dataset": dataset, "partition": kind, "algo": table.algos[method],
+                "method": method, "metric": table.metric, "selection": table.selection,
+                "mean": None if cell is None else found.mean, "std": found.std, "ci95_low": low, "ci95_high": high,
+                "seeds": len(found.runs), "mark": found.mark, "runs": " ".join(found.runs),
+            }  # fmt: skip
+
+
+def csv_text(tables: list[AccuracyTable]) -> str:
+    """Return all tables as one CSV with a row per cell. Accuracies are fractions; `runs` has the ids of the runs."""
+    lines = [row for table in tables for row in rows(table)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def terminal(table: AccuracyTable) -> "RichTable":
+    """Return the table for a terminal."""
+    import rich.box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(title=heading(table), caption=table.title, box=rich.box.SIMPLE_HEAD)
+    out.title_justify = out.caption_justify = "left"
+    out.add_column("method", no_wrap=True)
+    for dataset, kind in table.columns.values():
+        out.add_column(f"{dataset}\n{kind}", justify="right", no_wrap=True)
+    for method in table.rows:
+        styles = {"best": "bold", "close": "underline", "": ""}
+        cells = [Text("missing", "dim") if c is None else Text(c.text(), styles[c.mark]) for c in table.row(method)]
+        out.add_row(Text(method), *cells)
+    return out

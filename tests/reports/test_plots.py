@@ -1,0 +1,42 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from pflbench.reports import plots
+from pflbench.reports.frames import load
+
+
+def test_curves_have_the_training_up_to_each_evaluation(write, tmp_path):
+    write(tmp_path, spread=0.0)
+    data = plots.curves(load(tmp_path))
+    assert data["round"].tolist() == [1, 2, 3, 4, 5]
+    assert data["elapsed"].tolist() == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert data["evaluating"].tolist() == [0.25, 0.5, 0.75, 1.0, 1.25]
+    assert data["megabytes"].tolist() == pytest.approx([0.003, 0.006, 0.009, 0.012, 0.015])
+    assert set(data["method"]) == {"FedAvg"}
+
+
+def test_a_band_is_drawn_only_over_rounds_that_all_seeds_have():
+    data = pd.DataFrame(
+        {"method": "m", "run": list("aabcdd"), "round": [1, 2, 1, 1, 1, 2], "accuracy": [0.1, 0.9, 0.3, 0.2, 0.6, 0.7],
+         "megabytes": 1.0, "elapsed": [1.0, 2.0, 3.0, 5.0, 3.0, 4.0]}
+    )  # fmt: skip
+    rounds, _, seconds = plots.learning(data, plots.styles(["m"]), "a setting").axes
+    for axes, x in ((rounds, 1.0), (seconds, 3.0)):
+        assert axes.lines[0].get_xydata() == pytest.approx(np.array([[x, 30.0]]))
+        (band,) = axes.collections[0].get_paths()
+        assert band.get_extents().extents == pytest.approx([x, 10.0, x, 60.0])
+    one = plots.learning(data[data["run"] == "d"], plots.styles(["m"]), "one seed").axes[2]
+    assert one.lines[0].get_xydata() == pytest.approx(np.array([[3.0, 60.0], [4.0, 70.0]]))
+    assert not one.collections
+
+
+def test_methods_keep_their_colour_and_twenty_two_are_told_apart():
+    found = plots.styles([f"m{i:02}" for i in range(22)])
+    assert len({(s.color, s.linestyle) for s in found.values()}) == 22
+    assert plots.styles(["a", "b"])["b"] == plots.styles(["a", "b", "c"])["b"]
+
+
+def test_the_clients_plot_leaves_out_what_is_not_there():
+    figure = plots.clients({"a": np.array([0.1, np.nan, 0.3])}, plots.styles(["a"]), "title")
+    assert figure.axes[0].get_ylabel() == "accuracy of a client, %"
