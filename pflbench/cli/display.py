@@ -176,11 +176,15 @@ def table(record: "Record") -> None:
             out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
     mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
     out.add_row("sent up / down", *mega)
-    seconds = summary["seconds"]
-    out.add_row("time", f"{seconds:.1f} s", f"{seconds / max(summary['rounds'], 1):.2f} s a round")
+    seconds, evaluation = summary["seconds"], summary["evaluation"]
+    out.add_row("time of training", f"{seconds:.1f} s", f"{seconds / max(summary['rounds'], 1):.2f} s a round")
+    if evaluation["seconds"]:  # a record of schema 1 has it in the time of training
+        each = evaluation["seconds"] / len(record.evaluations)
+        out.add_row("time of evaluations", f"{evaluation['seconds']:.1f} s", f"{each:.2f} s each")
     if seconds:
-        busy = summary["busy_seconds"] / (seconds * record.machine["workers"])
-        out.add_row(f"  of which {record.machine['workers']} workers computed", f"{100 * busy:.0f} %", "")
+        workers = record.machine["workers"]
+        busy = (summary["busy_seconds"] + evaluation["busy_seconds"]) / ((seconds + evaluation["seconds"]) * workers)
+        out.add_row(f"  share in which {workers} workers computed", f"{100 * busy:.0f} %", "")
     console = Console()
     console.print(out)
     console.print(f"record: {record.path}", highlight=False, soft_wrap=True)
