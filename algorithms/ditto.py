@@ -1,4 +1,4 @@
-"""Ditto: beside the global model, train a personal one on every client that a proximal term ties to the global one.
+"""Ditto: train a global model and, on every client, a personal model that a proximal term ties to the global one.
 
 Paper: Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021,
 https://arxiv.org/abs/2012.04221; Algorithm 1 with FedAvg as the solver of the global problem: the personal model v_k

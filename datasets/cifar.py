@@ -47,7 +47,7 @@ def load(name: str, data_dir: Path) -> Dataset:
     except RuntimeError as error:
         raise UsageError(
             f"{folder} is damaged or incomplete (wrong checksum): delete it, then it is downloaded again, or unpack "
-            f"{source.filename} into {data_dir} anew"
+            f"{source.filename} into {data_dir} again"
         ) from error
     except OSError as error:
         raise UsageError(f"{folder} cannot be read ({error.strerror}): mend its permissions") from error

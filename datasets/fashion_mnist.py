@@ -29,7 +29,7 @@ def load(data_dir: Path) -> Dataset:
     downloaded. Raises `UsageError` where it is missing and cannot be downloaded, or its files are damaged.
     """
     folder = _folder(data_dir)
-    # Debian packs the same content anew, so torchvision's checksums of the packed files hold only in its own layout.
+    # Debian compresses the same content again: torchvision's checksums of the packed files hold only in its own layout.
     checksums = {} if folder == SYSTEM_DIR else dict(_source().resources)
     images, labels = [], []
     for part in _PARTS:

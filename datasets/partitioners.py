@@ -43,7 +43,7 @@ class Partition:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of who has which rows: equal on every machine for an equal partition."""
+        """SHA-256 (hex) of the rows of every client: equal on every machine for an equal partition."""
         digest = hashlib.sha256()
         for parts in (self.train, self.test):
             digest.update(np.array([len(parts), *map(len, parts)], dtype="<i8").tobytes())
@@ -224,8 +224,8 @@ def _balanced_dirichlet(class_sizes: Ints, clients: int, alpha: float, random: n
     """Give clients of equal size each its own class mix, drawn from Dirichlet(alpha) over the classes.
 
     The client-wise variant of FedDyn (Acar et al., 2021) and FedLab. Clients draw in random order; when a class runs
-    out, the mix goes on among the others, so the last clients get what is left. Each pass fills the client or empties
-    a class: there are at most as many passes as classes.
+    out, the mix continues among the others, so the last clients get the remaining samples. Each pass fills the client
+    or empties a class: there are at most as many passes as classes.
     """
     left = class_sizes.copy()
     counts = np.zeros((clients, len(class_sizes)), dtype=np.int64)

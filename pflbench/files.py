@@ -20,7 +20,7 @@ def write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`, on the same disk; it is deleted in the end, whatever happened."""
+    """Yield an empty folder beside `target`, on the same disk; it is deleted in every case."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
         yield Path(name)

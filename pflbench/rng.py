@@ -1,6 +1,6 @@
 """Random numbers that depend on what they are for, and on nothing else.
 
-Every draw in a run comes from a generator keyed by (seed, purpose, round, client, ...): the order in which clients are
+Every draw in a run comes from a generator keyed by (seed, stream, round, client, ...): the order in which clients are
 computed, and by how many workers, cannot change it.
 """
 

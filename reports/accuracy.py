@@ -119,7 +119,7 @@ def best_of(metric: str, values: Mapping[str, float]) -> str:
 
 def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric: str, tests: Comparisons) -> list[str]:
     """Mark the best method of each column, and those not significantly worse; return the notes on the marks."""
-    untested = False
+    incomplete = False
     for setting in columns:
         own = {method: cell.mean for (method, s), cell in cells.items() if s == setting}
         if len(own) < 2:
@@ -130,7 +130,7 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
                 cells[method, setting] = dataclasses.replace(cells[method, setting], mark="best")
         p_values = {m: tests.better(setting, best, m) for m in own if own[m] != own[best]}
         known = {m: p for m, p in p_values.items() if p is not None}
-        untested |= tests.possible and len(known) < len(p_values)
+        incomplete |= tests.possible and len(known) < len(p_values)
         for method, p in stats.holm(known).items():
             if p >= stats.LEVEL:
                 cells[method, setting] = dataclasses.replace(cells[method, setting], mark="close")
@@ -145,7 +145,7 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
         "with Holm's correction over the methods of a column. Clients of one run are not independent of each other, so "
         "the marks are indications."
     ]
-    if untested:
+    if incomplete:
         out.append(
             f"Some methods differ from the best method in fewer than {stats.FEWEST_PAIRS} pairs. They are not tested, "
             "and not underlined."

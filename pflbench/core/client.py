@@ -96,8 +96,8 @@ class Client:
 
         `config` is the protocol unless given. `loss(net, batch)` returns the scalar to descend. `trainable` has the
         names of the parameters and buffers that change, by default all. `transform(gradients, parameters)` returns the
-        gradients that are used; `proximal` makes one. `extra` are tensors that are trained beside the network: the loss
-        finds them in `net.extra`, and they are returned, trained, as a second value.
+        gradients that are used; `proximal` makes one. `extra` are tensors that are trained together with the network:
+        the loss finds them in `net.extra`, and they are returned, trained, as a second value.
 
         Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is no scalar.
         """
@@ -143,11 +143,11 @@ class Client:
             self.counts.loss_sum += float(total)
             self.counts.samples += samples
         done = params.read(net)
-        beside = {name: t.detach() for name, t in net.extra.items()}
-        self._check_finite({**done, **beside}, stream)
+        trained = {name: t.detach() for name, t in net.extra.items()}
+        self._check_finite({**done, **trained}, stream)
         if trainable is not None:
             done = {name: t if name in trainable else start[name] for name, t in done.items()}
-        return done if extra is None else (done, beside)
+        return done if extra is None else (done, trained)
 
     def descend(
         self,

@@ -10,7 +10,7 @@ from pflbench.spec import MODELS
 class Net(nn.Module):
     """A `head` on a `body`: images [n, channels, height, width] to features [n, d] to logits [n, classes].
 
-    `extra` has what a method trains beside the network's own parameters, for its loss (`Client.sgd`).
+    `extra` has the tensors that a method trains together with the network, for its loss (`Client.sgd`).
     """
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:

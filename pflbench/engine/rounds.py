@@ -91,11 +91,11 @@ class Rounds:
         number = len(self._record.rounds)
         round_, algorithm = self._round(number), self._experiment.algorithm
         server = Parts(self._record.server, "the server's state")
-        whole = algorithm.global_model(server)
-        if whole is not None and whole.keys() != self._experiment.setup.model.keys():
-            whole = None
+        model = algorithm.global_model(server)
+        if model is not None and model.keys() != self._experiment.setup.model.keys():
+            model = None
         return [
-            Evaluate(number, c, algorithm.serve(round_, server, c), self._states.stored(c), whole, self._last.get(c))
+            Evaluate(number, c, algorithm.serve(round_, server, c), self._states.stored(c), model, self._last.get(c))
             for c in range(self._record.spec.clients)
         ]
 
@@ -143,7 +143,7 @@ class Rounds:
 
 
 class _Cohort:
-    """The clients of a round, and the evaluation that runs beside their first exchange."""
+    """The clients of a round, and the evaluation that runs in parallel with their first exchange."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class _Cohort:
         self._evaluated: list[Evaluated | Exception] = []
         self._exchanges: dict[int, int] = {}
         self._began = time.perf_counter()
-        self._beside = 0.0  # wall seconds that belong to the evaluation
+        self._evaluating = 0.0  # wall seconds that belong to the evaluation
 
     def named(self, server: State) -> State:
         """Return the server's state such that a part that is missing is an error that names those that there are."""
@@ -194,7 +194,7 @@ class _Cohort:
         return Train(self.round.number, client, received, state, self._exchanges.get(client, 0))
 
     def _map(self, jobs: list[Train]) -> list[Trained | Exception]:
-        """Compute jobs, and the evaluation beside them if it waits."""
+        """Compute jobs and, in parallel, the evaluation that waits, if any."""
         waiting, self._waiting = self._waiting, []
         began = time.perf_counter()
         results = self._pool.map([*waiting, *jobs])
@@ -202,8 +202,10 @@ class _Cohort:
         evaluated, trained = results[: len(waiting)], results[len(waiting) :]
         self._evaluated += evaluated  # type: ignore[arg-type]
         # The wall time of a step is divided in proportion to the workers' time.
-        busy, beside = (sum(r.seconds for r in part if not isinstance(r, Exception)) for part in (results, evaluated))
-        self._beside += seconds * beside / busy if busy else 0.0
+        busy, evaluating = (
+            sum(r.seconds for r in part if not isinstance(r, Exception)) for part in (results, evaluated)
+        )
+        self._evaluating += seconds * evaluating / busy if busy else 0.0
         return trained  # type: ignore[return-value]
 
     def evaluated(self) -> list[Evaluated | Exception]:
@@ -214,7 +216,7 @@ class _Cohort:
 
     def seconds(self, kind: type[Trained] | type[Evaluated]) -> float:
         """Return the wall seconds so far that belong to training or to the evaluation."""
-        return self._beside if kind is Evaluated else time.perf_counter() - self._began - self._beside
+        return self._evaluating if kind is Evaluated else time.perf_counter() - self._began - self._evaluating
 
 
 def _work(counts: list[Counts]) -> dict[str, int]:

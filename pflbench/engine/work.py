@@ -150,24 +150,24 @@ class Work:
         """Test the client's models, except a model that was tested in the last evaluation or just before."""
         algorithm, split = self.experiment.algorithm, self.experiment.federation.clients[job.client].test
         plain = type(algorithm).predict is Algorithm.predict
-        whole, last = job.global_model, job.last
+        global_model, last = job.global_model, job.last
         self._note_digests(job)
-        mine = self._fingerprint(deployed)
-        of_global = None if whole is None else self._fingerprint({"model": whole})
-        if last is not None and last.models[0] == mine:
+        personal = self._fingerprint(deployed)
+        of_global = None if global_model is None else self._fingerprint({"model": global_model})
+        if last is not None and last.models[0] == personal:
             correct, loss = last.correct, last.loss
         else:
             correct, loss = evaluation.test(algorithm.predict, self.replica, deployed, split)
-        if whole is None:
+        if global_model is None:
             globally = None
-        elif of_global == mine and plain:
+        elif of_global == personal and plain:
             globally = correct
         elif last is not None and last.models[1] == of_global:
             globally = last.global_correct
         else:
             network = Algorithm.predict.__get__(algorithm)
-            globally, _ = evaluation.test(network, self.replica, {"model": whole}, split)
-        return Score(job.client, len(split), correct, loss, globally, (mine, of_global))
+            globally, _ = evaluation.test(network, self.replica, {"model": global_model}, split)
+        return Score(job.client, len(split), correct, loss, globally, (personal, of_global))
 
     def _note_digests(self, job: Evaluate) -> None:
         """Have the digests of the tensors that were sent at hand: most clients are sent the same ones."""

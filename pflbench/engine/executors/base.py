@@ -1,4 +1,4 @@
-"""What every executor is: it computes jobs, and the results are the same bits whoever computes them."""
+"""What every executor does: it computes jobs. The results are the same bits with every executor."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
