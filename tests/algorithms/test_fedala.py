@@ -276,3 +276,15 @@ def test_the_training_of_the_weights_drops_no_batch_whatever_the_protocol_says(d
             expected = {k: torch.clamp(expected[k] - 10.0 * g[k], 0, 1) for k in LAST[1]}
     assert client.counts.steps % 2 == 0
     oracle.close(weights, expected)
+
+
+def test_the_training_after_the_mixing_drops_the_last_batch_where_the_protocol_says_so():
+    x, y, _, _ = oracle.arrays()[0]
+    received, own = models()
+    client = toy.client(x, y, drop_last=True)
+    method = registry.algorithm("fedala")(share=1.0)
+    message, state = method.local_update(client, Message({"model": received}), {"model": own, "weights": {}})
+    weights, epochs = ala(received, own, {}, x, y, 1.0, LAST[1])
+    oracle.close(state["weights"], weights)
+    oracle.close(message["model"], oracle.train(mixed(received, own, weights), x[:6], y[:6], 2, lr=0.1))
+    assert client.counts.steps == epochs * 3 + 2 * 2  # of 7 samples in batches of 3, and of 6

@@ -366,7 +366,7 @@ def test_zero_traces_end_the_run_as_diverged_and_the_reason_names_the_round():
     net = pflbench.Net(toy.net().body, nn.Linear(3, 1).double())
     record = toy.run("fedas", federation=pflbench.Federation.from_arrays(arrays), net=net)
     assert record.status == "diverged"
-    assert record.rounds == []
+    assert record.rounds == record.evaluations == []
     assert "Fisher" in record.reason
     assert "round 1" in record.reason
 
@@ -377,7 +377,7 @@ def test_a_model_that_is_not_a_number_ends_the_run_as_diverged():
     record = toy.run("fedas", {"alignment": "off"}, net=toy.net().float(), **settings)
     assert record.status == "diverged"
     assert "round 1" in record.reason
-    assert record.rounds == []
+    assert record.rounds == record.evaluations == []
     assert all(t.isfinite().all() for t in record.server["model"].values())
 
 
