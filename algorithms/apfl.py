@@ -1,4 +1,4 @@
-"""APFL: train the global model, and on every client an own one for use in a mixture with the global one.
+"""APFL: train a global model and, on every client, a personal model; the client uses a mixture of the two.
 
 Paper: Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020, https://arxiv.org/abs/2003.13461;
 Algorithm 1, Local Descent APFL: with one batch, w_i steps along the gradient of f_i(w_i), and v_i along the gradient

@@ -1,4 +1,4 @@
-"""FedALA: a client starts from an element-wise mixture, which it learns, of the received model and its own.
+"""FedALA: every client learns an element-wise mixture of the received model and its own, and starts from it.
 
 Paper: Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
 https://arxiv.org/abs/2212.01197; Algorithm 1, whose lines 6 to 16 are the local aggregation: the last layers become

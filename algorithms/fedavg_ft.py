@@ -1,4 +1,4 @@
-"""FedAvg-FT: FedAvg, whose global model every client fine-tunes on its own data before it is evaluated.
+"""FedAvg-FT: FedAvg; before an evaluation, every client fine-tunes the global model on its own data.
 
 Paper: McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, with the fine-tuning of Wang et al., "Federated
 Evaluation of On-device Personalization", 2019, https://arxiv.org/abs/1910.10252, section 2: the personalised model is

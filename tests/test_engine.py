@@ -13,7 +13,7 @@ from torch import nn
 import pflbench
 from pflbench import Federation, MethodError, UsageError
 from pflbench.algorithms.fedavg import FedAvg
-from pflbench.core import Message, cross_entropy, register
+from pflbench.core import Message, register
 from pflbench.store import schema
 
 WAYS = ["serial", "processes", "disk"]
@@ -40,9 +40,9 @@ def _one_line(error):
 # A method's mistakes are one line each.
 
 
-def _train(start=dict, loss=cross_entropy):
-    """Return a local update that trains from what `start` makes of the received model, with this loss."""
-    return lambda self, client, received, state: client.sgd(start(received["model"]), loss=loss)
+def _train(start=dict, **options):
+    """Return a local update that trains from what `start` makes of the received model, with these options of `sgd`."""
+    return lambda self, client, received, state: client.sgd(start(received["model"]), **options)
 
 
 def _kept(state):
@@ -118,6 +118,11 @@ MISTAKES = {
     "an array in an upload": (
         {"local_update": lambda self, client, received, state: (Message({"losses": np.zeros(3)}), state)},
         f"the upload of client 0 has a ndarray at 'losses'; {LEAF}",
+    ),
+    "a misspelt name in trainable": (
+        {"local_update": _train(trainable=["haed.weight"])},
+        "trainable: the model has no parameter 'haed.weight'; "
+        "it has body.0.weight, body.0.bias, head.weight, head.bias",
     ),
     "an update that is a message alone": (
         {"local_update": lambda self, client, received, state: Message({})},

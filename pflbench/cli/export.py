@@ -11,7 +11,7 @@ from pflbench.cli.report import load
 @click.option("--format", "kind", metavar="TEXT", default="csv", help="csv or parquet  [default: csv]")
 @options.out("export", "the tables")
 def command(runs: tuple[str, ...], kind: str, out: str) -> None:
-    """Write tidy tables for pandas and others: runs, rounds and clients.
+    """Write tidy tables for pandas and others: runs, rounds, evaluations and clients.
 
     RUNS are run folders, or folders of them  [default: runs].
     """

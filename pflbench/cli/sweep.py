@@ -38,7 +38,8 @@ def command(
 ) -> None:
     """Run a grid: SUITE, a TOML file or a ready suite, and every combination of the options, which may be repeated.
 
-    Finished runs are skipped: to continue an interrupted sweep, start it again.
+    Finished runs are skipped and interrupted runs are resumed: to continue an interrupted sweep, start it again.
+    Options override the settings of a suite's grid, not those of its [[include]] runs.
     """
     from pflbench.engine.cores import cores
 

@@ -166,11 +166,11 @@ class Algorithm:
 
     def local_update(self, client: "Client", received: Message, state: State) -> tuple[Message, State]:
         """Train on the client; return its upload and its new state."""
-        raise NotImplementedError
+        raise MethodError(f"{self.name} does not define local_update, which trains on the client")
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         """Return the new server state from a round's uploads, which come in the order of client numbers."""
-        raise NotImplementedError
+        raise MethodError(f"{self.name} does not define aggregate, which makes the server's new state")
 
     def play(self, round: Round, server: State, cohort: Cohort) -> State:
         """Return the server state after a round. Overridden by methods whose clients are not all asked once, together.

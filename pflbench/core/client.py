@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -71,13 +71,13 @@ class Client:
 
     @overload
     def sgd(
-        self, start: Params, *, loss: Loss = ..., trainable: Container[str] | None = ...,
+        self, start: Params, *, loss: Loss = ..., trainable: Collection[str] | None = ...,
         transform: Transform | None = ..., config: SGD | None = ..., stream: str = ...,
     ) -> Params: ...  # fmt: skip
 
     @overload
     def sgd(
-        self, start: Params, *, extra: Params, loss: Loss = ..., trainable: Container[str] | None = ...,
+        self, start: Params, *, extra: Params, loss: Loss = ..., trainable: Collection[str] | None = ...,
         transform: Transform | None = ..., config: SGD | None = ..., stream: str = ...,
     ) -> tuple[Params, Params]: ...  # fmt: skip
 
@@ -87,7 +87,7 @@ class Client:
         *,
         extra: Params | None = None,
         loss: Loss = cross_entropy,
-        trainable: Container[str] | None = None,
+        trainable: Collection[str] | None = None,
         transform: Transform | None = None,
         config: SGD | None = None,
         stream: str = TRAIN,
@@ -99,9 +99,12 @@ class Client:
         gradients that are used; `proximal` makes one. `extra` are tensors that are trained together with the network:
         the loss finds them in `net.extra`, and they are returned, trained, as a second value.
 
-        Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is no scalar.
+        Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is no scalar or
+        `trainable` has a name that `start` has not.
         """
         config = config or self.protocol
+        if unknown := [name for name in trainable or () if name not in start]:
+            raise MethodError(f"trainable: the model has no parameter {unknown[0]!r}; it has {', '.join(start)}")
         net = self._replica.load(start)
         self._replica.loaded = {}
         net.extra = {name: t.clone() for name, t in (extra or {}).items()}
@@ -193,7 +196,7 @@ class Client:
         batch: Batch,
         *,
         loss: Loss = cross_entropy,
-        trainable: Container[str] | None = None,
+        trainable: Collection[str] | None = None,
         train_mode: bool = False,
         exact: bool = False,
     ) -> Params:
