@@ -240,7 +240,7 @@ def _balanced_dirichlet(class_sizes: Ints, clients: int, alpha: float, random: n
 
 
 def _equal(total: int, parts: int, random: np.random.RandomState) -> Ints:
-    """Return `parts` sizes that differ by one at most and sum to `total`; chance says who has the one more."""
+    """Return `parts` sizes that differ by one at most and sum to `total`; chance decides which are larger by one."""
     sizes: Ints = total // parts + (random.permutation(parts) < total % parts).astype(np.int64)
     return sizes
 
@@ -278,7 +278,7 @@ def _pathological(
     *,
     balanced: bool,
 ) -> tuple[Ints, int]:
-    """Give each client `per_client` classes, and split each class among those who hold it (McMahan et al., 2017)."""
+    """Give each client `per_client` classes, and split each class among its holders (McMahan et al., 2017)."""
     present = np.flatnonzero(class_sizes)
     if per_client is None or not 1 <= per_client <= len(present):
         raise UsageError(

@@ -50,7 +50,7 @@ class Federation:
         return tuple(self.clients[0].train.x.shape[1:])
 
     def counts(self) -> list[dict[str, int]]:
-        """Return client, class, and the training and test samples of it, where there are any."""
+        """Return a row for each client and class with samples: client, class, training samples, test samples."""
         rows = []
         for client, data in enumerate(self.clients):
             train, test = (s.y.bincount(minlength=self.classes).tolist() for s in (data.train, data.test))

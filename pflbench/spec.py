@@ -87,13 +87,13 @@ class RunSpec:
         """Number of clients that take part in a round."""
         return round(self.join_ratio * self.clients)
 
-    def seed_of(self, purpose: str) -> int:
-        """Return the seed for `purpose`: "partition", "init", "sampling" or "order"."""
-        apart: int | None = getattr(self, f"{purpose}_seed")
-        return self.seed if apart is None else apart
+    def seed_of(self, name: str) -> int:
+        """Return the seed of "partition", "init", "sampling" or "order"."""
+        own: int | None = getattr(self, f"{name}_seed")
+        return self.seed if own is None else own
 
     def partition_settings(self) -> dict[str, Any]:
-        """Return the settings that make the partition, as `pflbench.datasets.partition.make` takes them."""
+        """Return the settings that make the partition, as `pflbench.datasets.partitioners.make` takes them."""
         names = ("partition", "clients", "alpha", "classes_per_client", "min_samples", "split")
         rest = {"balanced": bool(self.balanced), "seed": self.seed_of("partition")}
         return {name: getattr(self, name) for name in names} | rest
@@ -106,8 +106,8 @@ class RunSpec:
     def normalised(self, *, own_model: bool = False) -> "RunSpec":
         """Return the same run in its one canonical form, so that equal runs have equal ids.
 
-        Settings of the partition and the model get their defaults; a seed set apart to the common seed is dropped. With
-        `own_model`, the model is the user's and its name may be any.
+        Settings of the partition and the model get their defaults; a seed that equals the common seed is dropped. With
+        `own_model`, the model is the user's and may have any name.
         Raises `UsageError` for a setting that the chosen partition or model does not use.
         """
         if self.model not in MODELS and not own_model:

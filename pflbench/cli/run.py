@@ -62,9 +62,9 @@ def command(
         found = prepare(spec, data_dir=data_dir, notice=options.notice, download=False)
         click.echo(json.dumps({"id": found.id, "spec": found.spec.to_dict()}, indent=None if as_json else 2))
         return
-    from pflbench.engine.executors.children import signals_held
+    from pflbench.engine.executors.children import signals_deferred
 
-    with signals_held():  # torch's import loses an exception that a signal's handler raises
+    with signals_deferred():  # torch's import loses an exception that a signal's handler raises
         from pflbench.engine import runner
     from pflbench.cli.display import Progress, table
 

@@ -1,4 +1,4 @@
-"""What a method says.
+"""The contract of methods: algorithms, clients, parameters, training.
 
 A method's file imports all that it needs from here:
 

@@ -1,1 +1,1 @@
-"""How a run is computed."""
+"""Experiments, the round loop, jobs and executors: how a run is computed."""

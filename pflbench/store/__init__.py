@@ -1,1 +1,1 @@
-"""What is kept of a run."""
+"""Records, checkpoints and states: the files of a run."""

@@ -1,1 +1,1 @@
-"""Many runs."""
+"""Suites and sweeps: many runs."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pflbench.engine.executors.children import begin_child, end_children, signals_held, start_child
+from pflbench.engine.executors.children import begin_child, end_children, signals_deferred, start_child
 from pflbench.engine.experiment import Experiment, prepare
 from pflbench.engine.observers import Observer
 from pflbench.engine.runner import run_experiment
@@ -139,7 +139,7 @@ class _Sweep:
 
     def _start(self, run: Experiment) -> None:
         if not self._recorded(run):
-            with signals_held():
+            with signals_deferred():
                 connection, process = start_child(_compute, run, self._out, self._retry, duplex=False)
                 self._active[connection] = run, process
             self._on_event(Event("started", run))

@@ -1,4 +1,4 @@
-"""Child processes: started with signals held back, ended with their parent."""
+"""Child processes. They start while signals are deferred, and they end with their parent."""
 
 import contextlib
 import multiprocessing
@@ -16,13 +16,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back: what they would interrupt here could not be put right.
+def signals_deferred() -> Iterator[None]:
+    """Defer SIGINT and SIGTERM until the block ends: interrupting it would leak a child process.
 
-    While a child is started, one would leave it unknown, or run the parent's handler in it.
+    A signal that came during the start of a child would also run the parent's handler in the child.
     """
-    # By handlers, and not by the thread's mask: a signal then goes to another thread, such as one of OpenMP's, and
-    # Python runs its handler in the main thread all the same.
+    # We set handlers instead of the thread's mask. With a mask, another thread, such as one of OpenMP's, takes the
+    # signal, and Python still runs the handler in the main thread.
     if threading.current_thread() is not threading.main_thread():  # handlers interrupt the main thread alone
         yield
         return
@@ -59,7 +59,7 @@ def start_child(
 
 def end_children(children: Iterable[tuple[Connection, BaseProcess]]) -> None:
     """Kill the processes, wait for their end, and close the pipes to them."""
-    with signals_held():
+    with signals_deferred():
         for connection, process in children:
             process.kill()
             process.join()

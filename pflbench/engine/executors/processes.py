@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from pflbench.engine.executors.children import begin_child, end_children, signals_held, start_child
+from pflbench.engine.executors.children import begin_child, end_children, signals_deferred, start_child
 from pflbench.engine.executors.wire import Unpickler, common, dumps
 from pflbench.engine.work import Job, Result, Work
 from pflbench.errors import PflbenchError, RunError
@@ -33,7 +33,7 @@ class Processes:
 
     def __enter__(self) -> Self:
         try:
-            with signals_held():
+            with signals_deferred():
                 for _ in range(self._wanted):
                     connection, process = start_child(_serve, self._work, daemon=True)
                     self._workers[connection] = process
