@@ -183,7 +183,9 @@ def table(record: "Record") -> None:
         out.add_row("time of evaluations", f"{evaluation['seconds']:.1f} s", f"{each:.2f} s each")
     if seconds:
         workers = record.machine["workers"]
-        busy = (summary["busy_seconds"] + evaluation["busy_seconds"]) / ((seconds + evaluation["seconds"]) * workers)
+        busy = (summary["busy_seconds"] + (evaluation["busy_seconds"] or 0.0)) / (
+            (seconds + (evaluation["seconds"] or 0.0)) * workers
+        )
         out.add_row(f"  share in which {workers} workers computed", f"{100 * busy:.0f} %", "")
     console = Console()
     console.print(out)

@@ -244,7 +244,7 @@ class Client:
         They are drawn in every round again, or once for all rounds; for each `stream` apart. What the two do counts
         here, too.
         """
-        key = self._key if every_round else self._key[1:]
+        key = self._key if every_round else (self.id,)
         order = torch.from_numpy(rng(self._seed, "parts", stream, *key).permutation(self.n))
         cut = math.ceil(share * self.n)
         return self._subset(order[:cut].sort().values), self._subset(order[cut:].sort().values)

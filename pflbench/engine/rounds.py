@@ -14,7 +14,7 @@ from pflbench.engine.executors.base import Executor
 from pflbench.engine.experiment import Experiment
 from pflbench.engine.observers import Observer
 from pflbench.engine.work import Evaluate, Evaluated, Train, Trained
-from pflbench.errors import Diverged
+from pflbench.errors import Diverged, MethodError
 from pflbench.participation import participants
 from pflbench.store.memory import Log
 from pflbench.store.record import Record, Row
@@ -115,10 +115,10 @@ class Rounds:
         self._record.evaluations.append(row)
         self._record.clients.extend(clients)
         self._log.add_evaluation(row, clients)
-        self._observer.evaluation(row)
+        self._observer.evaluation(dict(row))
 
     def _finish_round(self, number: int, cohort: "_Cohort") -> None:
-        counts = [result.counts for result in cohort.trained]
+        counts = [counts for counts, _ in cohort.trained]
         samples = sum(c.samples for c in counts)
         row: Row = {
             "round": number,
@@ -128,13 +128,13 @@ class Rounds:
             "bytes_down": cohort.bytes_down,
             **_work(counts),
             "seconds": round(cohort.seconds(Trained), 3),
-            "busy_seconds": round(sum(result.seconds for result in cohort.trained), 3),
+            "busy_seconds": round(sum(seconds for _, seconds in cohort.trained), 3),
         }
         self._states.changed.update(cohort.states)
         self._record.rounds.append(row)
         self._log.add_round(row)
         self._log.checkpoint()
-        self._observer.round(row)
+        self._observer.round(dict(row))
 
     @property
     def _states(self) -> ClientStates:
@@ -155,7 +155,7 @@ class _Cohort:
     ) -> None:
         self.round = round
         self.states: dict[int, Any] = {}
-        self.trained: list[Trained] = []
+        self.trained: list[tuple[Counts, float]] = []  # and the workers' seconds
         self.bytes_up = 0
         self.bytes_down = 0
         self._experiment = experiment
@@ -174,7 +174,10 @@ class _Cohort:
     def update(self, server: State, clients: Sequence[int] | None = None) -> list[Upload]:
         """See `pflbench.core.algorithm.Cohort.update`."""
         assert self.round is not None  # noqa: S101
-        jobs = [self._job(server, client) for client in (self.round.cohort if clients is None else clients)]
+        chosen = sorted(self.round.cohort if clients is None else clients)
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(self._clients):
+            raise MethodError(f"update: the clients {chosen} are not different clients of the federation")
+        jobs = [self._job(server, client) for client in chosen]
         self.bytes_down += sum(job.received.nbytes for job in jobs)
         results = self._map(jobs)
         uploads = []
@@ -182,7 +185,7 @@ class _Cohort:
             self.states[job.client] = result.state
             self._exchanges[job.client] = job.exchange + 1
             self.bytes_up += result.nbytes
-            self.trained.append(result)
+            self.trained.append((result.counts, result.seconds))
             uploads.append(result.upload)
         return uploads
 

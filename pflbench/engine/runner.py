@@ -67,6 +67,7 @@ def run_experiment(
     observers: Sequence[Observer] = (),
 ) -> Record:
     """Compute what `store` lacks of an experiment, and return its record. `notice` gets remarks for the user."""
+    check_execution(executor, workers)
     store = store or Memory()
     algorithm, spec = experiment.algorithm, experiment.spec
     if found := store.find(experiment.id, algorithm, notice):
@@ -86,7 +87,7 @@ def run_experiment(
         work, watch = Work(experiment, log.states), Observers(observers)
         with one_thread(), EXECUTORS[executor](work, workers) as pool, watch.watching(experiment):
             Rounds(experiment, record, pool, log, watch).run()
-        log.finish()
+            log.finish()
     return record
 
 

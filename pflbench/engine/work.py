@@ -20,7 +20,7 @@ from pflbench.engine import evaluation
 from pflbench.engine.evaluation import Score
 from pflbench.engine.experiment import Experiment
 from pflbench.errors import MethodError
-from pflbench.store.states import StateRef, UploadFile, check_state, read, save_state
+from pflbench.store.states import StateRef, UploadFile, check_state, plain, read, save_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Work:
         message, state = self._updated(client, job)
         check_state(message.content, f"the upload of client {job.client}")
         check_state(state, f"the state of client {job.client}")
-        content: State = message.content
-        kept: State | StateRef = state
+        content: State = plain(message.content)
+        kept: State | StateRef = plain(state)
         if self.states is not None:
             kept = save_state(state, self.states, f"{job.client:06}-{job.round:06}.safetensors")
             path = self.states / f"upload-{job.client:06}-{job.exchange}.safetensors"

@@ -23,6 +23,7 @@ from pflbench.errors import RunError
 from pflbench.store.states import StateRef
 
 KEEP = 2
+_LOGS_1 = {"rounds.jsonl", "clients.jsonl"}  # of schema 1
 LOGS = ("rounds.jsonl", "evaluations.jsonl", "clients.jsonl")
 _STATE = re.compile(r"(initial|server-\d{6,}|\d{6,}-\d{6,})\.safetensors")
 
@@ -60,7 +61,7 @@ class Checkpoint:
             found: dict[str, Any] = json.loads(outer["content"])
             found_files = [found["server"]["file"], found["initial"]["file"]]
             found_files += [ref["file"] for ref in found["clients"].values()]
-            if not (all(map(_STATE.fullmatch, found_files)) and found["logs"].keys() == set(LOGS)):
+            if not (all(map(_STATE.fullmatch, found_files)) and set(found["logs"]) in (set(LOGS), _LOGS_1)):
                 raise ValueError  # a name such as ../x would lead out of the folder
             if found["round"] != int(path.stem):
                 raise ValueError

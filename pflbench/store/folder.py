@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pflbench import files
-from pflbench.errors import RunBusy, RunError
+from pflbench.errors import RunBusy, RunError, UsageError
 from pflbench.store import schema
 from pflbench.store.checkpoint import LOGS, Checkpoint, checkpoints
 from pflbench.store.provenance import outdated
@@ -46,6 +46,11 @@ class Folder:
     force: bool = False
     resume: bool = False
     checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` when there is no such number of rounds."""
+        if self.checkpoint_every < 1:
+            raise UsageError(f"checkpoint_every: {self.checkpoint_every} is out of bounds; it must be >= 1")
 
     def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:
         """Return the record of `run` if it is the answer: not if a forced run was interrupted and is to be resumed.
@@ -119,6 +124,8 @@ class Writer:
             self._read(found, notice)
             return
         if self.folder.exists():
+            # First what says that the folder is complete: a kill while the rest is deleted must not leave that.
+            (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         self.states.mkdir(parents=True)
         self._initial = save_state(initial, self.states, "initial.safetensors")

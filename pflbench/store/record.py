@@ -11,7 +11,7 @@ runs/<id>/checkpoint/         the final state of server and clients (pflbench/st
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +55,8 @@ class Record:
     def summary(self) -> dict[str, Any]:
         """The headline: the last evaluation, the mean of the last five, the best on test (named so), and the costs.
 
-        `seconds` and `busy_seconds` are of training; those of evaluations stand under `evaluation`.
+        `seconds` and `busy_seconds` are of training; those of evaluations are under `evaluation`, None where
+        they are unknown (schema 1).
         """
         rows = self.evaluations
         costs = {
@@ -63,13 +64,14 @@ class Record:
             "bytes_up": sum(r["bytes_up"] for r in self.rounds),
             "bytes_down": sum(r["bytes_down"] for r in self.rounds),
             **{name: sum(r[name] for r in self.rounds) for name in schema.TIMES},
-            "evaluation": {name: sum(r[name] or 0.0 for r in rows) for name in schema.TIMES},
+            "evaluation": {name: _sum(r[name] for r in rows) for name in schema.TIMES},
         }
         if not rows:
             return costs
         last = {name: rows[-1][name] for name in schema.METRICS}
         tail = rows[-5:]
-        last5 = {n: None if last[n] is None else sum(r[n] for r in tail) / len(tail) for n in last}
+        sums = {name: _sum(r[name] for r in tail) for name in last}
+        last5 = {name: None if total is None else total / len(tail) for name, total in sums.items()}
         best = max(rows, key=lambda r: r["accuracy"])
         return {
             "last": last,
@@ -129,3 +131,9 @@ class Record:
         self.server = load_state(folder / newest.server.file)
         initial = load_state(folder / newest.initial.file)
         self.client_states = ClientStates(self.spec.clients, initial, dict(newest.clients), folder)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Return the sum of `values`; None if one of them is unknown."""
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -45,6 +46,8 @@ def _check(tree: Mapping[Any, Any], owner: str, path: tuple[str, ...]) -> None:
         elif not isinstance(value, Tensor | int | float):
             kind = type(value).__name__
             raise MethodError(f"{owner} has a {kind} at {name!r}; leaves are tensors, integers and floats")
+        elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:  # NumPy, and so a pipe, does not know it
+            raise MethodError(f"{owner} has a bfloat16 tensor at {name!r}; keep and send float32")
 
 
 def digest(state: State) -> str:
@@ -111,8 +114,13 @@ class UploadFile(Mapping[Any, Any]):
 
 
 def plain(content: Any) -> Any:
-    """Return a state as plain dicts: uploads that lie in files are read."""
-    return {key: plain(value) for key, value in content.items()} if isinstance(content, Mapping) else content
+    """Return a state as plain dicts of contiguous tensors, as it is when it was in a file; uploads in files are read.
+
+    A sum over a tensor depends on the order of its numbers in memory, and results must not depend on the store.
+    """
+    if isinstance(content, Mapping):
+        return {key: plain(value) for key, value in content.items()}
+    return content.contiguous() if isinstance(content, Tensor) else content
 
 
 def _keys(state: State) -> dict[tuple[str | int, ...], str]:
