@@ -1,4 +1,4 @@
-"""Accuracy: of what one client deploys, and over all clients."""
+"""Evaluation: the score of one client, and the summary over all clients."""
 
 import dataclasses
 import math
@@ -22,9 +22,9 @@ Predict = Callable[[Replica, State, Tensor], Tensor]
 class Score:
     """One client's evaluation.
 
-    `n` test samples, of which the deployed model gets `correct` right, with cross-entropies that sum to `loss`, and the
-    global model `global_correct`, which is None where there is no global model. `models` are the fingerprints of the
-    two: what has not changed since the last evaluation is not tested again.
+    The client has `n` test samples. The deployed model classifies `correct` of them correctly; `loss` is the sum of its
+    cross-entropies. The global model classifies `global_correct` correctly, None without a global model. `models` has
+    the fingerprints of the two models: a model that did not change since the last evaluation is not evaluated again.
     """
 
     client: int
@@ -42,9 +42,9 @@ def accuracies(score: Score) -> dict[str, int | float | None]:
 
 
 def test(predict: Predict, replica: Replica, deployed: State, split: Split) -> tuple[int, float]:
-    """Return how many samples of `split` `predict` answers rightly, and the sum of their cross-entropies.
+    """Return how many samples of `split` `predict` classifies correctly, and the sum of the cross-entropies.
 
-    The sum is inf where the method rules out (logit -inf) a class that occurs, and NaN where logits are not finite.
+    The sum is inf if the method rules out (logit -inf) a class that occurs, and NaN if other logits are not finite.
     """
     correct, loss = 0, 0.0
     with torch.no_grad():
@@ -64,10 +64,10 @@ def test(predict: Predict, replica: Replica, deployed: State, split: Split) -> t
 def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     """Return the accuracies over clients, as fractions.
 
-    `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population's standard
-    deviation over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
-    `global_accuracy`, weighted, is None where there is no global model. `test_loss` is weighted, and None where a
-    method rules out a class that occurs. Raises `Diverged` when a loss is not a number.
+    `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population standard deviation
+    over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
+    `global_accuracy` is weighted, and None without a global model. `test_loss` is weighted, and None if a method rules
+    out a class that occurs. Raises `Diverged` when a loss is not a number.
     """
     for score in scores:
         if math.isnan(score.loss):

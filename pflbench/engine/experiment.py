@@ -1,4 +1,4 @@
-"""A run, resolved: the only place where defaults, data, network and method come together."""
+"""Resolved runs: the only module that combines defaults, data, network and method."""
 
 import copy
 import dataclasses
@@ -30,7 +30,7 @@ Notice = Callable[[str], None]
 class Experiment:
     """One run, ready to be computed: its resolved spec, its method, its data and its network.
 
-    Data and network are made when they are first asked for: to know a run's id takes neither.
+    Data and network are made when they are first used: a run's id needs neither.
     """
 
     spec: RunSpec
@@ -51,7 +51,7 @@ class Experiment:
 
     @cached_property
     def net(self) -> Net:
-        """The network with the initial parameters. Nobody changes it."""
+        """The network with the initial parameters. It is never changed."""
         return self.given_model or self._built(self.spec.seed_of("init"))
 
     @cached_property
@@ -71,7 +71,7 @@ class Experiment:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of data, partition, initial parameters and source."""
+        """The fingerprints of data, partition, initial parameters and source."""
         return {
             **self.federation.fingerprints,
             "initial": params.fingerprint(self.setup.model),
@@ -79,7 +79,7 @@ class Experiment:
         }
 
     def check(self, notice: Notice = lambda _: None) -> None:
-        """Raise `UsageError` when the run cannot be computed. Nothing is written yet."""
+        """Raise `UsageError` when the run cannot be computed, before anything is written."""
         self.algorithm.check(self.setup)
         if self.spec.precision == "bf16":
             if others := {str(t.dtype) for t in self.setup.model.values()} - {"torch.float32"}:
@@ -117,9 +117,10 @@ def prepare(
 ) -> Experiment:
     """Return the run that `spec` describes, with every default resolved: dataset, hyperparameters, partition.
 
-    `federation` replaces the spec's dataset and partition; `model`, a network with `body` and `head`, replaces the
-    spec's, and its parameters are the initial ones. Both enter the spec with their fingerprint. `download=False` only
-    looks whether the dataset could be downloaded. Raises `UsageError` for what cannot be run.
+    `federation` replaces the spec's dataset and partition. `model`, a network with `body` and `head`, replaces the
+    spec's model, and its parameters are the initial ones. The spec names both by their fingerprints. With
+    `download=False` the function only checks whether the dataset could be downloaded. Raises `UsageError` when the run
+    is not possible.
     """
     from pflbench import datasets
 
@@ -134,12 +135,12 @@ def prepare(
         changes |= {"partition": "given", "split": "given", "min_samples": 2}
         changes |= {"alpha": None, "classes_per_client": None, "balanced": None}
     elif "given" in (spec.partition, spec.split):
-        raise UsageError("partition, split: 'given' is for runs with a federation of one's own, from Python")
+        raise UsageError("partition, split: 'given' is only for runs in Python that pass a federation")
     if model is not None:
         _check_parts(model)
         digest = hashlib.sha256(f"{model!r} {params.fingerprint(params.read(model))}".encode()).hexdigest()
         changes |= {"model": f"{type(model).__name__}@{digest[:12]}", "norm": None}
-        model = copy.deepcopy(model)  # what the caller does to it later is no part of the run
+        model = copy.deepcopy(model)  # the caller may change the original later
         model.extra = {}
     spec = dataclasses.replace(spec, **changes).normalised(own_model=model is not None)
     if federation is None:
@@ -159,7 +160,7 @@ def load_federation(spec: RunSpec, data_dir: Path) -> Federation:
 
 
 def _check_parts(model: nn.Module) -> None:
-    """Raise `UsageError` when a network of the user's has no body or no head."""
+    """Raise `UsageError` when the user's network has no body or no head."""
     children = [name for name, _ in model.named_children()]
     for part, what in (("body", "whose output are the features"), ("head", "which makes logits of them")):
         if part not in children:
@@ -170,9 +171,9 @@ def _check_parts(model: nn.Module) -> None:
 
 
 def _probed(net: Net, data: Federation, model: Params) -> int:
-    """Return the length of the network's feature vectors; 0 where they are no vectors.
+    """Return the length of the network's feature vectors; 0 if its features are not vectors.
 
-    Raises `UsageError` when it cannot take the samples, or its outputs are too few.
+    Raises `UsageError` when the network cannot take the samples, or has too few outputs.
     """
     replica = Replica(copy.deepcopy(net))
     sample = replica.batch(data.clients[0].train.x, slice(0, 1))

@@ -1,4 +1,4 @@
-"""Who watches a run."""
+"""Observers: objects that are notified of what happens in a run."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,19 +9,19 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Is told what happens in a run. Every method does nothing by default."""
+    """Is notified of what happens in a run. By default, every method does nothing."""
 
     def start(self, experiment: "Experiment") -> None:
-        """Note that the run begins, or continues."""
+        """Handle the start of a run, which may be a resumed run."""
 
     def round(self, row: dict[str, Any]) -> None:
-        """Note a round of training; `row` is its line of rounds.jsonl."""
+        """Handle a trained round; `row` is its line of rounds.jsonl."""
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Note an evaluation; `row` is its line of evaluations.jsonl."""
+        """Handle an evaluation; `row` is its line of evaluations.jsonl."""
 
     def close(self) -> None:
-        """Note that the run has ended, in whichever way."""
+        """Handle the end of the run, also after an error."""
 
 
 class Observers(Observer):
@@ -31,23 +31,23 @@ class Observers(Observer):
         self._observers = observers
 
     def start(self, experiment: "Experiment") -> None:
-        """Tell all of them."""
+        """Notify all observers."""
         for observer in self._observers:
             observer.start(experiment)
 
     def round(self, row: dict[str, Any]) -> None:
-        """Tell all of them."""
+        """Notify all observers."""
         for observer in self._observers:
             observer.round(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Tell all of them."""
+        """Notify all observers."""
         for observer in self._observers:
             observer.evaluation(row)
 
     @contextlib.contextmanager
     def watching(self, experiment: "Experiment") -> Iterator[None]:
-        """Tell all of them that the run begins, and that it has ended."""
+        """Notify all observers that the run starts, and that it has ended."""
         with contextlib.ExitStack() as stack:
             for observer in self._observers:
                 stack.callback(observer.close)

@@ -39,7 +39,7 @@ class Rounds:
         self._last: dict[int, Score] = {}
 
     def run(self) -> None:
-        """Compute what the record lacks. A run whose numbers are no longer finite ends with status "diverged"."""
+        """Compute the rounds that the record lacks. If a number is not finite, the run ends with status "diverged"."""
         record = self._record
         try:
             while len(record.rounds) < record.spec.rounds or self._pending():
@@ -50,13 +50,13 @@ class Rounds:
         record.fingerprints |= {"metrics": record.metrics_fingerprint(), "states": record.states_fingerprint()}
 
     def _pending(self) -> bool:
-        """Return whether the last round is to be evaluated and is not yet."""
+        """Return whether the evaluation of the last round is pending."""
         record, done = self._record, len(self._record.rounds)
         due = done > 0 and (done % record.spec.eval_every == 0 or done == record.spec.rounds)
         return due and not (record.evaluations and record.evaluations[-1]["round"] == done)
 
     def _step(self) -> None:
-        """Evaluate the last round if that is pending, and train the next if there is one."""
+        """Evaluate the last round if its evaluation is pending, and train the next round if there is one."""
         record, number = self._record, len(self._record.rounds) + 1
         training = number <= record.spec.rounds
         cohort = _Cohort(
@@ -70,7 +70,7 @@ class Rounds:
                 assert cohort.round is not None  # noqa: S101
                 try:
                     server = self._experiment.algorithm.play(cohort.round, cohort.named(server), cohort)
-                except Exception as error:  # raised after the evaluation, which belongs to the round before
+                except Exception as error:  # raised below, after the evaluation of the previous round
                     failure = error
             results = cohort.evaluated()
         if results:
@@ -155,20 +155,20 @@ class _Cohort:
     ) -> None:
         self.round = round
         self.states: dict[int, Any] = {}
-        self.trained: list[tuple[Counts, float]] = []  # and the workers' seconds
+        self.trained: list[tuple[Counts, float]] = []  # the float: the workers' seconds
         self.bytes_up = 0
         self.bytes_down = 0
         self._experiment = experiment
         self._clients = clients
         self._pool = pool
-        self._waiting = evaluations
+        self._pending = evaluations
         self._evaluated: list[Evaluated | Exception] = []
         self._exchanges: dict[int, int] = {}
         self._began = time.perf_counter()
         self._evaluating = 0.0  # wall seconds that belong to the evaluation
 
     def named(self, server: State) -> State:
-        """Return the server's state such that a part that is missing is an error that names those that there are."""
+        """Return the server's state as `Parts`: a missing part raises an error that names the existing parts."""
         return Parts(server, "the server's state")
 
     def update(self, server: State, clients: Sequence[int] | None = None) -> list[Upload]:
@@ -197,28 +197,28 @@ class _Cohort:
         return Train(self.round.number, client, received, state, self._exchanges.get(client, 0))
 
     def _map(self, jobs: list[Train]) -> list[Trained | Exception]:
-        """Compute jobs and, in parallel, the evaluation that waits, if any."""
-        waiting, self._waiting = self._waiting, []
+        """Compute jobs and, in parallel, the pending evaluation, if any."""
+        pending, self._pending = self._pending, []
         began = time.perf_counter()
-        results = self._pool.map([*waiting, *jobs])
+        results = self._pool.map([*pending, *jobs])
         seconds = time.perf_counter() - began
-        evaluated, trained = results[: len(waiting)], results[len(waiting) :]
+        evaluated, trained = results[: len(pending)], results[len(pending) :]
         self._evaluated += evaluated  # type: ignore[arg-type]
-        # The wall time of a step is divided in proportion to the workers' time.
+        # Training and evaluation share the wall time of a step in proportion to the workers' time.
         busy, evaluating = (
-            sum(r.seconds for r in part if not isinstance(r, Exception)) for part in (results, evaluated)
+            sum(r.seconds for r in group if not isinstance(r, Exception)) for group in (results, evaluated)
         )
         self._evaluating += seconds * evaluating / busy if busy else 0.0
         return trained  # type: ignore[return-value]
 
     def evaluated(self) -> list[Evaluated | Exception]:
-        """Return what the evaluation gave; compute it if no exchange has."""
-        if self._waiting:
+        """Return the results of the evaluation; compute them if no exchange has done so."""
+        if self._pending:
             self._map([])
         return self._evaluated
 
     def seconds(self, kind: type[Trained] | type[Evaluated]) -> float:
-        """Return the wall seconds so far that belong to training or to the evaluation."""
+        """Return the wall seconds so far of training (`Trained`) or of the evaluation (`Evaluated`)."""
         return self._evaluating if kind is Evaluated else time.perf_counter() - self._began - self._evaluating
 
 
@@ -227,7 +227,7 @@ def _work(counts: list[Counts]) -> dict[str, int]:
 
 
 def _good(results: Sequence[T | Exception]) -> list[T]:
-    """Return `results`; raise the first that is an exception, in the order of jobs and not of time."""
+    """Return `results`; raise the first exception among them, in the order of the jobs, not of time."""
     good = []
     for result in results:
         if isinstance(result, Exception):
@@ -238,7 +238,7 @@ def _good(results: Sequence[T | Exception]) -> list[T]:
 
 @contextlib.contextmanager
 def _round_named(number: int) -> Iterator[None]:
-    """Name the round in a divergence."""
+    """Add the round to the message of `Diverged`."""
     try:
         yield
     except Diverged as error:

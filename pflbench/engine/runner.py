@@ -41,11 +41,11 @@ def run(
     """Run `spec` and return its record, with the final states of the server and of all clients.
 
     `federation` replaces the spec's dataset and partition. `model`, a network with `body` and `head`, replaces the
-    spec's, and its parameters are the initial ones; it is not changed. With `out` the record is written to `out/<id>`,
-    as `pflbench.store.Folder` does with `force`, `resume` and `checkpoint_every`.
+    spec's model, and its parameters are the initial ones; it is not changed. With `out` the record is written to
+    `out/<id>`; `pflbench.store.folder.Folder` explains `force`, `resume` and `checkpoint_every`.
 
-    Raises `UsageError` for what cannot be run, before anything is written; `RunError` when a worker dies or another
-    process computes the same run. A run whose numbers are no longer finite ends with status "diverged".
+    Raises `UsageError`, before anything is written, when the run is not possible; `RunError` when a worker dies or
+    another process computes the same run. If a number is not finite, the run ends with status "diverged".
     """
     check_execution(executor, workers, checkpoint_every)
     store: Store = Memory() if out is None else Folder(Path(out), force, resume, checkpoint_every)
@@ -66,7 +66,7 @@ def run_experiment(
     notice: Notice = lambda _: None,
     observers: Sequence[Observer] = (),
 ) -> Record:
-    """Compute what `store` lacks of an experiment, and return its record. `notice` gets remarks for the user."""
+    """Compute the rounds of an experiment that `store` lacks, and return its record. `notice` gets remarks to show."""
     check_execution(executor, workers)
     store = store or Memory()
     algorithm, spec = experiment.algorithm, experiment.spec
@@ -92,7 +92,7 @@ def run_experiment(
 
 
 def check_execution(executor: str, workers: int | None, checkpoint_every: int = 1) -> None:
-    """Raise `UsageError` when there is no such executor, or no such number of workers or of rounds."""
+    """Raise `UsageError` for an unknown executor, or a number of workers or of rounds below 1."""
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
     if workers is not None and workers < 1:

@@ -1,6 +1,6 @@
-"""The work of clients: jobs, their results, and what computes them in whichever process it is.
+"""The work of clients: jobs, their results, and the class that computes them in any process.
 
-A job carries everything that its result depends on, so any worker may take it at any time.
+A job carries everything that its result depends on, so any worker can compute it at any time.
 """
 
 import copy
@@ -25,7 +25,7 @@ from pflbench.store.states import StateRef, UploadFile, check_state, plain, read
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Local training of a client in `round`; `exchange` counts what the server has asked it before in that round."""
+    """Local training of a client in `round`; `exchange` counts its earlier exchanges with the server in that round."""
 
     round: int
     client: int
@@ -36,7 +36,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training gave: the upload and its bytes, the client's new state, what was done, and the worker's seconds."""
+    """The result of training: the upload and its bytes, the client's new state, counts, and the worker's seconds."""
 
     upload: Upload
     nbytes: int
@@ -47,7 +47,7 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluation of a client after `round`. `global_model` is there to be tested, too; `last` is the score before."""
+    """Evaluation of a client after `round`. `global_model` is evaluated, too; `last` is the client's last score."""
 
     round: int
     client: int
@@ -59,7 +59,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation gave: the score, the training inside it, and the worker's seconds."""
+    """The result of an evaluation: the score, the counts of its training, and the worker's seconds."""
 
     score: Score
     counts: Counts
@@ -73,8 +73,8 @@ Result = Trained | Evaluated
 class Work:
     """Computes the jobs of one run.
 
-    With a folder, `states`, clients' states and uploads are read and written there by the process that needs them;
-    without, they travel with jobs and results.
+    With a folder, `states`, each process reads and writes clients' states and uploads there; without one, jobs and
+    results carry them.
     """
 
     def __init__(self, experiment: Experiment, states: Path | None) -> None:
@@ -84,11 +84,11 @@ class Work:
         self._digests: dict[int, tuple[Tensor, str]] = {}
 
     def private(self) -> "Work":
-        """Return the same work with a network of its own."""
+        """Return the same work with another copy of the network."""
         return Work(self.experiment, self.states)
 
     def size(self, job: Job) -> int:
-        """Return roughly how many samples a job passes through the network: the longest jobs are started first."""
+        """Return roughly how many samples a job passes through the network: the largest jobs are started first."""
         data = self.experiment.federation.clients[job.client]
         epochs = max(self.experiment.spec.local_epochs, 1)
         return len(data.test) if isinstance(job, Evaluate) else 3 * epochs * len(data.train)
@@ -113,22 +113,22 @@ class Work:
 
     def _train(self, job: Train) -> Trained:
         began = time.perf_counter()
-        # The first exchange has the key that rounds of one exchange have.
+        # The first exchange has the same key as in a round with one exchange.
         client = self._client(job, *([job.exchange] if job.exchange else []))
         message, state = self._updated(client, job)
         check_state(message.content, f"the upload of client {job.client}")
         check_state(state, f"the state of client {job.client}")
         content: State = plain(message.content)
-        kept: State | StateRef = plain(state)
+        new_state: State | StateRef = plain(state)
         if self.states is not None:
-            kept = save_state(state, self.states, f"{job.client:06}-{job.round:06}.safetensors")
+            new_state = save_state(state, self.states, f"{job.client:06}-{job.round:06}.safetensors")
             path = self.states / f"upload-{job.client:06}-{job.exchange}.safetensors"
             content = UploadFile.write(content, path)
         upload = Upload(content, message.weight, job.client)
-        return Trained(upload, message.nbytes, kept, client.counts, time.perf_counter() - began)
+        return Trained(upload, message.nbytes, new_state, client.counts, time.perf_counter() - began)
 
     def _updated(self, client: Client, job: Train) -> tuple[Message, State]:
-        """Return what the method's `local_update` gives. Raises `MethodError` when it is not a message and a state."""
+        """Return the result of the method's `local_update`. Raises `MethodError` unless it is a message and a state."""
         algorithm = self.experiment.algorithm
         found: Any = algorithm.local_update(client, job.received, self._state(job))
         match found:
@@ -147,9 +147,9 @@ class Work:
         return Evaluated(score, client.counts, time.perf_counter() - began)
 
     def _score(self, job: Evaluate, deployed: State) -> Score:
-        """Test the client's models, except a model that was tested in the last evaluation or just before."""
+        """Evaluate the client's models, except a model that was evaluated in the last evaluation or just before."""
         algorithm, split = self.experiment.algorithm, self.experiment.federation.clients[job.client].test
-        plain = type(algorithm).predict is Algorithm.predict
+        default_predict = type(algorithm).predict is Algorithm.predict
         global_model, last = job.global_model, job.last
         self._note_digests(job)
         personal = self._fingerprint(deployed)
@@ -159,22 +159,23 @@ class Work:
         else:
             correct, loss = evaluation.test(algorithm.predict, self.replica, deployed, split)
         if global_model is None:
-            globally = None
-        elif of_global == personal and plain:
-            globally = correct
+            global_correct = None
+        elif of_global == personal and default_predict:
+            global_correct = correct
         elif last is not None and last.models[1] == of_global:
-            globally = last.global_correct
+            global_correct = last.global_correct
         else:
             network = Algorithm.predict.__get__(algorithm)
-            globally, _ = evaluation.test(network, self.replica, {"model": global_model}, split)
-        return Score(job.client, len(split), correct, loss, globally, (personal, of_global))
+            global_correct, _ = evaluation.test(network, self.replica, {"model": global_model}, split)
+        return Score(job.client, len(split), correct, loss, global_correct, (personal, of_global))
 
     def _note_digests(self, job: Evaluate) -> None:
-        """Have the digests of the tensors that were sent at hand: most clients are sent the same ones."""
+        """Remember the digests of the tensors that were received: most clients receive the same tensors."""
         before, self._digests = self._digests, {}
         for tensor in tensors({"received": job.received.content, "global": job.global_model or {}}):
             known = before.get(id(tensor))
-            self._digests[id(tensor)] = known or (tensor, tensor_digest(tensor))  # held, so that its id stays its own
+            # The tensor is referenced, so that no other tensor gets its id.
+            self._digests[id(tensor)] = known or (tensor, tensor_digest(tensor))
 
     def _fingerprint(self, tree: State) -> str:
         return fingerprint(tree, lambda t: self._digests[id(t)][1] if id(t) in self._digests else tensor_digest(t))

@@ -1,4 +1,4 @@
-"""Who computes the clients' jobs: this process, or worker processes. The results are the same bits."""
+"""Executors: they compute the clients' jobs in this process or in worker processes, with the same bits as results."""
 
 from collections.abc import Callable
 

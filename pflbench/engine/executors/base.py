@@ -1,4 +1,4 @@
-"""What every executor does: it computes jobs. The results are the same bits with every executor."""
+"""The interface of executors. Every executor gives the same bits."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Executor(Protocol):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one thread for the clients' and the server's work: sums then have one order, whatever the machine."""
+    """Use one thread for the clients' and the server's work: sums then have the same order on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

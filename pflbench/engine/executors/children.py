@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def signals_deferred() -> Iterator[None]:
     """Defer SIGINT and SIGTERM until the block ends: interrupting it would leak a child process.
 
-    A signal that came during the start of a child would also run the parent's handler in the child.
+    A signal during the start of a child would also run the parent's handler in the child.
     """
     # We set handlers instead of the thread's mask. With a mask, another thread, such as one of OpenMP's, takes the
     # signal, and Python still runs the handler in the main thread.
@@ -30,7 +30,7 @@ def signals_deferred() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as handlers:
             for number in _SIGNALS:
-                if signal.getsignal(number) is not None:  # None: a handler that Python did not set, and cannot restore
+                if signal.getsignal(number) is not None:  # None: Python did not set this handler and cannot restore it
                     before = signal.signal(number, lambda number, _frame: came.append(number))
                     handlers.callback(signal.signal, number, before)
             yield
@@ -44,13 +44,13 @@ def start_child(
 ) -> tuple[Connection, BaseProcess]:
     """Start a process that calls `target` with `args` and its end of a pipe; return ours, and the process.
 
-    Forked on Linux, spawned elsewhere. The caller holds signals back until it has noted the child.
+    The process is forked on Linux and spawned elsewhere. The caller defers signals until it has stored the child.
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ours, theirs = context.Pipe(duplex)
     process = context.Process(target=target, args=(*args, theirs), daemon=daemon)  # type: ignore[attr-defined]
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads at a fork. Children use none of this process's threads and locks.
+        # Python 3.12 warns when a process with threads forks. Children use none of this process's threads and locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     theirs.close()
@@ -67,7 +67,7 @@ def end_children(children: Iterable[tuple[Connection, BaseProcess]]) -> None:
 
 
 def begin_child(on_sigterm: signal.Handlers) -> None:
-    """Have this process, a child, leave SIGINT to its parent, and end as soon as that has ended, however that came."""
+    """Make this process, a child, leave SIGINT to its parent, and end as soon as the parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, on_sigterm)
     parent = multiprocessing.parent_process()

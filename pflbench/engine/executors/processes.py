@@ -21,9 +21,9 @@ from pflbench.errors import PflbenchError, RunError
 class Processes:
     """Computes the jobs in worker processes of one thread each.
 
-    On Linux they are forked: they share the data with this process, start at once, and know networks and methods that
-    were defined in a script or a notebook. Elsewhere they are spawned, and the data is in shared memory.
-    A dead worker ends the run with `RunError`; when this process dies, the workers end themselves.
+    On Linux the workers are forked: they share the data with this process, start at once, and know the networks and
+    methods that a script or a notebook defines. Elsewhere they are spawned, and the data is in shared memory.
+    If a worker dies, the run ends with `RunError`. If this process dies, the workers end themselves.
     """
 
     def __init__(self, work: Work, workers: int) -> None:
@@ -47,7 +47,7 @@ class Processes:
 
     def map(self, jobs: Sequence[Job]) -> list[Result | Exception]:
         """Return the results of `jobs`, in their order. The result of a job that failed is its exception."""
-        # Popped from the end: the largest first.
+        # Jobs are popped from the end: the largest first.
         waiting = sorted(range(len(jobs)), key=lambda i: self._work.size(jobs[i]))
         sent: dict[Connection, dict[int, int]] = {connection: {} for connection in self._workers}
         shared = common(jobs)
@@ -98,11 +98,11 @@ def _serve(work: Work, connection: Connection) -> None:
 
 
 def _outcome(work: Work, job: Job) -> bytes:
-    """Return the pickled result of `job`, or the pickled error that came instead."""
+    """Return the pickled result of `job`, or the pickled error that it raised."""
     try:
         return dumps(work(job))
     except Exception as error:
-        if not isinstance(error, PflbenchError):  # a fault in a method's code: its author needs the worker's traceback
+        if not isinstance(error, PflbenchError):  # a bug in a method: its author needs the worker's traceback
             note = f"In a worker, round {job.round}, client {job.client}:\n{traceback.format_exc()}"
             try:
                 pickle.loads(pickle.dumps(error))  # noqa: S301

@@ -1,4 +1,4 @@
-"""The executor without processes."""
+"""The executor without worker processes."""
 
 from collections.abc import Sequence
 from typing import Self

@@ -1,4 +1,4 @@
-"""How jobs and results travel between processes."""
+"""How processes send jobs and results to each other."""
 
 import io
 import pickle
@@ -25,10 +25,10 @@ def common(jobs: Sequence[Job]) -> set[int]:
 
 
 class Pickler(pickle.Pickler):
-    """Sends tensors by value through the pipe, and not as shared-memory files, of which there may be too few.
+    """Sends tensors by value through the pipe, not as shared-memory files: a system limits the number of these files.
 
-    Those whose ids are in `shared` go to a worker once: `sent` has the numbers of those that this worker got before, by
-    id. They must stay alive meanwhile.
+    A worker gets a tensor whose id is in `shared` only once: `sent` has, by id, the numbers of the tensors that this
+    worker has already. These tensors must stay alive meanwhile.
     """
 
     def __init__(self, stream: io.BytesIO, shared: AbstractSet[int], sent: dict[int, int]) -> None:
@@ -37,7 +37,7 @@ class Pickler(pickle.Pickler):
         self._sent = sent
 
     def persistent_id(self, obj: Any) -> Any:
-        """Return what stands for a shared tensor: its number, and its values the first time."""
+        """Return what is sent for a shared tensor: its number, and its values the first time."""
         if id(obj) not in self._shared or type(obj) is not torch.Tensor:
             return None
         if id(obj) in self._sent:
@@ -60,7 +60,7 @@ class Unpickler(pickle.Unpickler):
         self._received = received
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
-        """Return the shared tensor that `pid` stands for."""
+        """Return the shared tensor for which `pid` was sent."""
         if isinstance(pid, int):
             return self._received[pid]
         number, array = pid
