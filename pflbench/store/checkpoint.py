@@ -1,13 +1,13 @@
-"""Checkpoints: which files together are the state of a run after a round.
+"""Checkpoints: the files that together are the state of a run after a round.
 
     checkpoint/000003-000012.safetensors    client 3's state after round 12, written by the process that computed it
     checkpoint/server-000012.safetensors    the server's state after round 12
     checkpoint/000012.json                  the checkpoint of round 12: which of these files belong to it
     checkpoint/upload-000003-0.safetensors  client 3's upload, until the next checkpoint
 
-A checkpoint names each of its files with its SHA-256, and carries a SHA-256 of its own, so that a file that was cut
-short or changed is detected. It is written after everything that it names, and appears by one rename. Clients whose
-state never changed have no file. The two newest checkpoints are kept. Nothing is pickled.
+A checkpoint names each of its files with its SHA-256, and has a SHA-256 of its contents, so that truncated or changed
+files are detected. It is written after all files that it names, and appears by one rename. Clients whose state never
+changed have no file. A run has its two newest checkpoints on disk. Nothing is pickled.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ _STATE = re.compile(r"(initial|server-\d{6,}|\d{6,}-\d{6,})\.safetensors")
 class Checkpoint:
     """What a run needs to continue after `round`.
 
-    `basis` is what must not have changed: data, method, versions. `logs` has the length and the SHA-256 of each log
-    file up to then.
+    `basis` has what must not change before the run continues: data, method, versions. `logs` has the length and the
+    SHA-256 of each log file after `round`.
     """
 
     round: int
@@ -44,7 +44,7 @@ class Checkpoint:
     logs: dict[str, tuple[int, str]]
 
     def write(self, folder: Path) -> None:
-        """Write the checkpoint, whose files must be there, and drop all but the newest ones."""
+        """Write the checkpoint, whose files must exist, and delete all but the newest checkpoints."""
         content = json.dumps(dataclasses.asdict(self))
         text = json.dumps({"sha256": hashlib.sha256(content.encode()).hexdigest(), "content": content})
         files.write(folder / f"{self.round:06}.json", text.encode())
@@ -62,7 +62,7 @@ class Checkpoint:
             found_files = [found["server"]["file"], found["initial"]["file"]]
             found_files += [ref["file"] for ref in found["clients"].values()]
             if not (all(map(_STATE.fullmatch, found_files)) and set(found["logs"]) in (set(LOGS), _LOGS_1)):
-                raise ValueError  # a name such as ../x would lead out of the folder
+                raise ValueError  # a name such as ../x would leave the folder
             if found["round"] != int(path.stem):
                 raise ValueError
             return cls(

@@ -1,9 +1,9 @@
 """A run's folder: its logs line by line, its checkpoints, and in the end its record.
 
-While a run is computed its folder is `runs/<id>.partial`; it gets its name `runs/<id>` when everything is written, so
-that a record at `runs/<id>` is complete. What stands at `runs/<id>.partial` can be resumed: it has `rounds.jsonl`,
-`evaluations.jsonl` and `clients.jsonl`, to which lines are appended, and the newest good checkpoint, which says how
-many of their lines count.
+While a run is computed, its folder is `runs/<id>.partial`. The folder is renamed to `runs/<id>` when everything is
+written, so a record at `runs/<id>` is complete. A run can be resumed from `runs/<id>.partial`: lines are appended to
+its `rounds.jsonl`, `evaluations.jsonl` and `clients.jsonl`, and the newest good checkpoint says how many of the lines
+count.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ Notice = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Keeps runs in folder `out`.
+    """Stores runs in folder `out`.
 
-    A run whose record exists is not computed again, unless with `force`. A checkpoint is written every
+    A run whose record exists is computed again only with `force`. A checkpoint is written every
     `checkpoint_every` rounds. Resuming is opt-in: without `resume`, an interrupted run restarts from round 1, which is
     what you want after changing code or data.
     """
@@ -48,14 +48,15 @@ class Folder:
     checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` when there is no such number of rounds."""
+        """Raise `UsageError` when `checkpoint_every` is below 1."""
         if self.checkpoint_every < 1:
             raise UsageError(f"checkpoint_every: {self.checkpoint_every} is out of bounds; it must be >= 1")
 
     def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:
-        """Return the record of `run` if it is the answer: not if a forced run was interrupted and is to be resumed.
+        """Return the record of `run` if the run needs no computing, else None.
 
-        `notice` is told when the code of today may give other numbers.
+        A run with a record is computed with `force`, and with `resume` if a forced run was interrupted. `notice` gets a
+        remark if the present code may give other numbers.
         """
         interrupted = (self.out / f"{run}.partial").exists()
         if self.force or not (self.out / run).exists() or (self.resume and interrupted):
@@ -69,18 +70,18 @@ class Folder:
     def open(
         self, record: Record, algorithm: "Algorithm", initial: "State", notice: Notice
     ) -> "Iterator[Writer | Record]":
-        """Hold the run against other processes, and yield its writer; or the record, if it has appeared meanwhile.
+        """Lock the run against other processes, and yield its writer; or the record, if it has appeared meanwhile.
 
-        Fills the record with what an interrupted run left, if that is to be resumed. The system frees the lock when
-        this process ends, however it ends. Raises `RunBusy` when another process computes the run, `RunError` when
-        there are checkpoints but no good one, or when they are of other data or another pflbench.
+        To resume an interrupted run, its rows and states are read into `record`. The system frees the lock when this
+        process ends for any reason. Raises `RunBusy` when another process computes the run; `RunError` when no
+        checkpoint is good, or when the checkpoint is of other data or of another pflbench.
         """
         import filelock
 
         try:
             with lock(self.out, record.id).acquire(timeout=0):
                 writer = Writer(self, record)
-                # The run may have been killed when everything was written.
+                # An earlier process may have been killed between the last write and the rename.
                 if not self.force and (writer.publish_complete() or self.find(record.id, algorithm, lambda _: None)):
                     found = self.find(record.id, algorithm, notice)
                     assert found is not None  # noqa: S101
@@ -115,16 +116,16 @@ class Writer:
         self.states = self.folder / "checkpoint"
         self._logs = {name: (0, hashlib.sha256()) for name in LOGS}
         self._known: set[str] = set()
-        self._server: tuple[int, StateRef] | None = None  # the newest that was written, and its round
+        self._server: tuple[int, StateRef] | None = None  # the newest written state, after its round
 
     def start(self, initial: "State", notice: Notice) -> None:
-        """Make the folder, or read what an interrupted run left in it."""
+        """Make the folder, or read the files of an interrupted run in it."""
         found = checkpoints(self.states)
         if self._resume and found:
             self._read(found, notice)
             return
         if self.folder.exists():
-            # First what says that the folder is complete: a kill while the rest is deleted must not leave that.
+            # run.json marks a complete folder, so it is deleted first: a kill during the rest must not leave it behind.
             (self.folder / "run.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder)
         self.states.mkdir(parents=True)
@@ -135,7 +136,7 @@ class Writer:
 
     def _read(self, found: list[Path], notice: Notice) -> None:
         for path in (self.folder, self.states, *self.folder.iterdir(), *self.states.iterdir()):
-            if path.is_symlink():  # we would write to where it leads
+            if path.is_symlink():  # we would write to its target
                 raise RunError(f"{path} is a symbolic link, which no run makes; --force starts from round 1")
         good = self._newest_good(found, notice)
         if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
@@ -174,7 +175,7 @@ class Writer:
             self._append("rounds.jsonl", [row])
 
     def add_evaluation(self, row: Row, clients: list[Row]) -> None:
-        """Append an evaluation's line, and those of its clients."""
+        """Append an evaluation's line, and the lines of its clients."""
         with files.writing(self.folder):
             self._append("clients.jsonl", clients)
             self._append("evaluations.jsonl", [row])
@@ -196,7 +197,7 @@ class Writer:
         self._logs[name] = (length + len(data), sha)
 
     def _basis(self) -> dict[str, str]:
-        """Return what a run must have in common with its checkpoint, besides the spec."""
+        """Return what must be equal in a run and its checkpoint, in addition to the spec."""
         return {**self._record.fingerprints, **self._record.versions}
 
     def _checkpoint(self) -> set[str]:
@@ -213,7 +214,7 @@ class Writer:
         return {ref.file for ref in made.files()}
 
     def _delete_all_but(self, named: set[str]) -> None:
-        """Delete the states that no checkpoint of the run names any more."""
+        """Delete the state files that are not in `named`."""
         for path in self.states.glob("*.safetensors"):
             if path.name not in named:
                 path.unlink()
@@ -244,7 +245,7 @@ class Writer:
         record.path = self._final
 
     def publish_complete(self) -> bool:
-        """Give a folder in which everything is written its final name; return whether there was one."""
+        """Rename a complete folder to its final name; return whether there was one."""
         complete = (self.folder / "run.json").exists()
         if complete:
             with files.writing(self.folder):

@@ -1,4 +1,4 @@
-"""A store that keeps nothing: states and uploads stay in memory, the record is returned."""
+"""What a store is, and the store that writes nothing: states and uploads stay in memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ Notice = Callable[[str], None]
 
 
 class Log(Protocol):
-    """Where a run writes down what happens."""
+    """Where a run writes its rows and checkpoints."""
 
     @property
     def states(self) -> Path | None:
-        """The folder of states and uploads; None for memory."""
+        """The folder of states and uploads; None if they stay in memory."""
         ...
 
     def add_round(self, row: Row) -> None:
-        """Note a round's line."""
+        """Add a round's line."""
         ...
 
     def add_evaluation(self, row: Row, clients: list[Row]) -> None:
-        """Note an evaluation's line, and those of its clients."""
+        """Add an evaluation's line, and the lines of its clients."""
         ...
 
     def checkpoint(self) -> None:
@@ -36,26 +36,26 @@ class Log(Protocol):
         ...
 
     def finish(self) -> None:
-        """Note that the record is complete."""
+        """Complete the record."""
         ...
 
 
 class Store(Protocol):
-    """Keeps records."""
+    """Stores records."""
 
     def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:
-        """Return the record of `run`, if there is one and it is the answer."""
+        """Return the record of `run` if the run needs no computing, else None."""
         ...
 
     def open(
         self, record: Record, algorithm: "Algorithm", initial: "State", notice: Notice
     ) -> contextlib.AbstractContextManager[Log | Record]:
-        """Return the context in which the run may be computed: its log, or the record if it has appeared meanwhile."""
+        """Return the context in which the run is computed: it gives the log, or the record if it has appeared."""
         ...
 
 
 class Memory:
-    """Keeps nothing on disk."""
+    """Stores nothing on disk."""
 
     def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:  # noqa: ARG002
         """Return None: every run is computed."""

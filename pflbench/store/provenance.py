@@ -1,4 +1,4 @@
-"""Where a record comes from: versions, machine, commit, source."""
+"""The provenance of a record: versions, machine, commit, source."""
 
 import contextlib
 import hashlib
@@ -30,9 +30,9 @@ def versions() -> dict[str, str]:
 
 
 def outdated(run: Mapping[str, Any], algorithm: "Algorithm") -> str | None:
-    """Return in what the code that made a record differs from this one; None if in nothing.
+    """Return how the code that made a record differs from the present code; None if it does not differ.
 
-    `run` has the record's fingerprints and versions, as in run.json; `algorithm` is its method, as it is now.
+    `run` has the record's fingerprints and versions, as in run.json; `algorithm` is its method, as installed now.
     """
     if run.get("fingerprints", {}).get("algorithm") != source_fingerprint(algorithm):
         return f"another source of {algorithm.name} or of pflbench"
@@ -44,7 +44,7 @@ def outdated(run: Mapping[str, Any], algorithm: "Algorithm") -> str | None:
 
 
 def machine(executor: str, workers: int) -> dict[str, Any]:
-    """Return on what the run was computed, and by which commit of pflbench where that is known."""
+    """Return the machine and the execution of a run, and pflbench's commit if it is known."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
@@ -74,7 +74,7 @@ def _commit() -> str | None:
 
 
 def source_fingerprint(algorithm: "Algorithm") -> str:
-    """Return the SHA-256 of the source of a method: of the modules of its classes, and of all that computes a run."""
+    """Return the fingerprint of a method's source: the modules of its classes, and all code that computes a run."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *(p for room in _ROOMS for p in (root / room).rglob("*.py"))]):

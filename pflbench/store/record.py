@@ -1,10 +1,10 @@
-"""One run: what was run, on what, and what came out.
+"""Records: the settings, the data, the machine and the results of one run.
 
 runs/<id>/run.json            schema, spec, status, summary, fingerprints, versions, machine
 runs/<id>/rounds.jsonl        a line per round of training
 runs/<id>/evaluations.jsonl   a line per evaluation
 runs/<id>/clients.parquet     round, client, n, accuracy, ... of every client at every evaluation
-runs/<id>/samples.parquet     client, class, training and test samples of it
+runs/<id>/samples.parquet     client, class, numbers of training and test samples
 runs/<id>/checkpoint/         the final state of server and clients (pflbench/store/checkpoint.py)
 """
 
@@ -27,13 +27,13 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass
 class Record:
-    """One run.
+    """The record of one run.
 
     `rounds` has a dict per round of training, `evaluations` one per evaluation, `clients` one per client and
     evaluation; accuracies are fractions. `samples` has a dict for each client and class (`Federation.counts`).
 
-    `server` and `client_states` are the final states; `load_states` reads them for a record that was loaded from disk.
-    `path` is the record's folder, None when it was not written.
+    `server` and `client_states` are the final states; for a record from disk, `load_states` reads them. `path` is the
+    record's folder, None if the record was not written.
     """
 
     id: str
@@ -53,10 +53,10 @@ class Record:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The headline: the last evaluation, the mean of the last five, the best on test (named so), and the costs.
+        """The main results: the last evaluation, the mean of the last five, the best round on test, and the costs.
 
-        `seconds` and `busy_seconds` are of training; those of evaluations are under `evaluation`, None where
-        they are unknown (schema 1).
+        `seconds` and `busy_seconds` are of training. `evaluation` has those of evaluations, None if they are unknown
+        (schema 1).
         """
         rows = self.evaluations
         costs = {
@@ -81,12 +81,12 @@ class Record:
         }
 
     def states_fingerprint(self) -> str:
-        """Return the SHA-256 of the final states of the server and of all clients."""
+        """Return the fingerprint of the final states of the server and of all clients."""
         assert isinstance(self.client_states, ClientStates)  # noqa: S101
         return hashlib.sha256(json.dumps([digest(self.server), self.client_states.digests()]).encode()).hexdigest()
 
     def metrics_fingerprint(self) -> str:
-        """Return the SHA-256 of all metrics but the times."""
+        """Return the fingerprint of all metrics except the times."""
         return schema.metrics_fingerprint(self.rounds, self.evaluations, self.clients)
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,12 +119,12 @@ class Record:
         )
 
     def load_states(self) -> None:
-        """Read the final states from the record's folder; a client's state is read when it is asked for.
+        """Read the final states from the record's folder; a client's state is read when it is used.
 
         Raises `RunError` for damaged files.
         """
         if self.path is None:
-            raise UsageError("the record was not written to disk, so there is nothing to read")
+            raise UsageError("the record was not written to disk, so its states cannot be read")
         folder = self.path / "checkpoint"
         newest = Checkpoint.read(next(iter(checkpoints(folder)), folder))
         newest.verify_states(folder)

@@ -6,8 +6,8 @@
     clients.parquet     a row per client and evaluation
     samples.parquet     a row per client and class
 
-Schema 1 had no `evaluations.jsonl`: the metrics of an evaluation stood in the line of its round, whose seconds covered
-training and evaluation together. `read` gives such a record the shape of schema 2.
+Schema 1 had no `evaluations.jsonl`: the metrics of an evaluation were in the line of its round, whose seconds covered
+both training and evaluation. `read` gives such a record the shape of schema 2.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ BYTES = ("bytes_up", "bytes_down")
 PASSES = ("steps", "forward", "backward")
 """Optimiser steps, and samples in forward and backward passes of training."""
 TIMES = ("seconds", "busy_seconds")
-"""Wall-clock time, and the workers' time in all. These differ between equal runs, so no fingerprint covers them."""
+"""Wall-clock time, and the sum of the workers' times. They differ between equal runs, so no fingerprint covers them."""
 ROUND = ("round", "participants", "train_loss", *BYTES, *PASSES, *TIMES)
 EVALUATION = ("round", *METRICS, "test_loss", *PASSES, *TIMES)
 CLIENTS = {"round": "int32", "client": "int32", "n": "int32", "accuracy": "float64", "global_accuracy": "float64"}
@@ -55,7 +55,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class RecordError(UsageError):
-    """A record that cannot be used. `reason` says why, without the folder and the remedy that the message names."""
+    """A record that cannot be used. `reason` is the message without the folder and the remedy."""
 
     def __init__(self, path: Path, reason: str, remedy: str) -> None:
         super().__init__(f"{path}: {reason}; {remedy}")
@@ -66,10 +66,10 @@ class RecordError(UsageError):
 class Contents:
     """What a record's folder holds, in the shape of schema 2.
 
-    `run` is `run.json`, its `schema` is the one in which the record was written. `spec` has the settings of `run`,
-    with the defaults of settings that are younger than the record. `rounds` and `evaluations` have the columns `ROUND`
-    and `EVALUATION`; the tables `clients` and `samples` have `CLIENTS` and `SAMPLES`. In a record of schema 1 the
-    passes and times of evaluations are None, and the seconds of a round contain its evaluation.
+    `run` is `run.json`; its `schema` is the schema of the files. `spec` has the settings of `run`, and the defaults of
+    settings that are newer than the record. `rounds` and `evaluations` have the columns `ROUND` and `EVALUATION`; the
+    tables `clients` and `samples` have `CLIENTS` and `SAMPLES`. In a record of schema 1 the passes and times of
+    evaluations are None, and the seconds of a round contain its evaluation.
     """
 
     run: dict[str, Any]
@@ -81,10 +81,10 @@ class Contents:
 
 
 def read(path: Path) -> Contents:
-    """Read the record in folder `path`, and check that its files are whole and belong together.
+    """Read the record in folder `path`, and check that its files are complete and belong together.
 
-    The checks cover the schema, the id, the columns, the numbers of rows, and the fingerprint of the metrics, which
-    leaves out the times. Raises `RecordError`, which is a `UsageError`, when the record cannot be used.
+    The checks cover the schema, the id, the columns, the numbers of rows, and the fingerprint of the metrics without
+    the times. Raises `RecordError`, which is a `UsageError`, when the record cannot be used.
     """
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def _read(path: Path, run: dict[str, Any]) -> Contents:
 
 @cache
 def _hyperparameters(algo: str) -> "Mapping[str, Field[Any]]":
-    """Return the hyperparameters of a method; none where it is not installed."""
+    """Return the hyperparameters of a method; none if it is not installed."""
     try:
         return registry.describe(algo).hyperparameters
     except UsageError:
@@ -144,7 +144,7 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> "pa.Table":
     import pyarrow.parquet as pq
 
     try:
-        # Such a small file is read twice as fast at once, by one thread.
+        # One read by one thread is twice as fast for such a small file.
         return pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False).cast(_arrow(columns))
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"{path.name}: {error}") from None
@@ -171,7 +171,7 @@ def _split(lines: Rows) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def table(rows: Rows, columns: Mapping[str, str]) -> "pa.Table":
-    """Return `rows` as a table with the columns `CLIENTS` or `SAMPLES`, as the record's parquet files hold it."""
+    """Return `rows` as a table with the columns `CLIENTS` or `SAMPLES`, for the record's parquet files."""
     import pyarrow as pa
 
     return pa.Table.from_pylist(list(rows), schema=_arrow(columns))
@@ -184,12 +184,12 @@ def _arrow(columns: Mapping[str, str]) -> "pa.Schema":
 
 
 def metrics_fingerprint(rounds: Rows, evaluations: Rows, clients: Rows) -> str:
-    """Return the SHA-256 of all that a run of schema 2 has measured, but for the times."""
+    """Return the fingerprint of all measurements, except the times, of a run of schema 2."""
     return _sha256([_without_times(rounds), _without_times(evaluations), clients])
 
 
 def metrics_fingerprint_1(rounds: Rows, clients: Rows) -> str:
-    """Return the SHA-256 of all that a run of schema 1 has measured, but for the times; `rounds` are its lines."""
+    """Return the fingerprint of all measurements, except the times, of a run of schema 1; `rounds` are its lines."""
     return _sha256([_without_times(rounds), clients])
 
 

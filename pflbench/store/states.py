@@ -1,7 +1,7 @@
-"""States in safetensors files: mappings as deep as a method likes, with tensors and numbers as leaves.
+"""States in safetensors files: mappings of any depth, with tensors and numbers as leaves.
 
-A file holds the tensors under their paths, and in its metadata the tree: which keys, in which order, with which
-numbers. Nothing is pickled.
+A file holds the tensors under their paths. Its metadata holds the tree: the keys in their order, and the numbers.
+Nothing is pickled.
 """
 
 import dataclasses
@@ -40,18 +40,18 @@ def _check(tree: Mapping[Any, Any], owner: str, path: tuple[str, ...]) -> None:
     for key, value in tree.items():
         name = "/".join((*path, str(key)))
         if not isinstance(key, str | int):
-            raise MethodError(f"{owner} has a key at {name!r} that is no string and no integer")
+            raise MethodError(f"{owner} has a key at {name!r} that is neither a string nor an integer")
         if isinstance(value, Mapping):
             _check(value, owner, (*path, str(key)))
         elif not isinstance(value, Tensor | int | float):
             kind = type(value).__name__
             raise MethodError(f"{owner} has a {kind} at {name!r}; leaves are tensors, integers and floats")
-        elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:  # NumPy, and so a pipe, does not know it
+        elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:  # NumPy, which our pipes use, has no bfloat16
             raise MethodError(f"{owner} has a bfloat16 tensor at {name!r}; keep and send float32")
 
 
 def digest(state: State) -> str:
-    """Return the SHA-256 of the file that a state would be saved as."""
+    """Return the SHA-256 of the file in which `save_state` would save a state."""
     return hashlib.sha256(_encode(state)).hexdigest()
 
 
@@ -71,9 +71,9 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 class UploadFile(Mapping[Any, Any]):
-    """An upload's content in a file. A tensor is read whenever it is asked for, and held by nobody else.
+    """An upload's content in a file. Each access to a tensor reads it from the file; nothing is cached.
 
-    So a round's uploads need no more memory than the tensors that are in use.
+    So a round's uploads need only the memory of the tensors in use.
     """
 
     def __init__(self, path: Path, tree: Any) -> None:
@@ -114,7 +114,7 @@ class UploadFile(Mapping[Any, Any]):
 
 
 def plain(content: Any) -> Any:
-    """Return a state as plain dicts of contiguous tensors, as it is when it was in a file; uploads in files are read.
+    """Return a state as plain dicts of contiguous tensors, as it would be read from a file; uploads in files are read.
 
     A sum over a tensor depends on the order of its numbers in memory, and results must not depend on the store.
     """
@@ -126,11 +126,11 @@ def plain(content: Any) -> Any:
 def _keys(state: State) -> dict[tuple[str | int, ...], str]:
     """Return the name of each tensor in a file, by its path."""
     names: dict[tuple[str | int, ...], str] = {}
-    used = {"__metadata__"}  # a name that the format keeps for itself
+    used = {"__metadata__"}  # the format reserves this name
     for path, leaf in leaves(state):
         if isinstance(leaf, Tensor):
             name = "/".join(map(str, path))
-            while name in used:  # by another key: a state may have both 1 and "1"
+            while name in used:  # a state may have both keys 1 and "1"
                 name += "'"
             used.add(name)
             names[path] = name
@@ -138,7 +138,7 @@ def _keys(state: State) -> dict[tuple[str | int, ...], str]:
 
 
 def _shape(tree: Any, keys: Mapping[tuple[str | int, ...], str], path: tuple[str | int, ...] = ()) -> dict[str, Any]:
-    """Return a tree as JSON: "d" are a mapping's items, "t" is the name of a tensor, "n" a number."""
+    """Return a tree as JSON: "d" has a mapping's items, "t" the name of a tensor, "n" a number."""
     if isinstance(tree, Mapping):
         return {"d": [[key, _shape(value, keys, (*path, key))] for key, value in tree.items()]}
     return {"t": keys[path]} if isinstance(tree, Tensor) else {"n": tree}
@@ -154,7 +154,7 @@ def _encode(state: State) -> bytes:
 def _tree(metadata: Mapping[str, str], names: list[str]) -> Any:
     if "tree" in metadata:
         return json.loads(metadata["tree"])
-    # A state of pflbench 0.1's first records: parts with tensors.
+    # A state in the first records of pflbench 0.1: parts with tensors.
     parts: dict[str, list[Any]] = {part: [] for part in json.loads(metadata["parts"])}
     for name in names:
         part, _, key = name.partition("/")
@@ -169,9 +169,9 @@ def _decode(node: Any, tensor: Any) -> Any:
 
 
 class ClientStates(Mapping[int, State]):
-    """The states of all clients by number, read from their files when they are asked for.
+    """The states of all clients by number, read from their files when they are used.
 
-    `changed` has the states that differ from `initial`; those that are a `StateRef` lie in `folder`.
+    `changed` has the states that differ from `initial`; a `StateRef` names a file in `folder`.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class ClientStates(Mapping[int, State]):
         return iter(range(self._clients))
 
     def stored(self, client: int) -> State | StateRef:
-        """Return a client's state as it is kept, without reading a file."""
+        """Return a client's state, or the reference to its file, without reading the file."""
         return self.changed.get(client, self.initial)
 
     def __getitem__(self, client: int) -> State:
@@ -199,13 +199,13 @@ class ClientStates(Mapping[int, State]):
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of every client's state."""
-        untouched = digest(self.initial)
+        initial = digest(self.initial)
         found = {c: s.sha256 if isinstance(s, StateRef) else digest(s) for c, s in self.changed.items()}
-        return [found.get(client, untouched) for client in self]
+        return [found.get(client, initial) for client in self]
 
 
 def read(state: State | StateRef, folder: Path | None) -> State:
-    """Return a state, from its file in `folder` if it lies in one."""
+    """Return a state, read from its file in `folder` if it is a `StateRef`."""
     if not isinstance(state, StateRef):
         return state
     assert folder is not None  # noqa: S101
