@@ -85,7 +85,7 @@ MISTAKES = {
     ),
     "a missing parameter": (
         {"local_update": _train(lambda model: {})},
-        "the network needs the parameter 'body.0.weight'; given are none",
+        "the network needs the parameter 'body.0.weight'; the given parameters are: none",
     ),
     "a misshapen parameter": (
         {"local_update": _train(lambda model: {**model, "head.bias": torch.zeros(4).double()})},
@@ -93,7 +93,7 @@ MISTAKES = {
     ),
     "a deployed model that lacks parameters": (
         {"personalise": lambda self, client, received, state: {"model": {"body.0.weight": torch.zeros(3, 3)}}},
-        "the network needs the parameter 'body.0.bias'; given are body.0.weight",
+        "the network needs the parameter 'body.0.bias'; the given parameters are: body.0.weight",
     ),
     "a loss that is no scalar": (
         {"local_update": _train(loss=lambda net, batch: net(batch.x).sum(1))},

@@ -1,6 +1,6 @@
 """The contract of methods: algorithms, clients, parameters, training.
 
-A method's file imports all that it needs from here:
+A method's file imports everything that it needs from this package:
 
     from pflbench.core import Client, Message, State, register, setting
 

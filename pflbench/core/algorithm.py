@@ -1,6 +1,6 @@
-"""What a method is: pure functions over server state, client state and the messages between them.
+"""The interface of methods: pure functions of server state, client state and the messages between them.
 
-An instance holds its hyperparameters and nothing else. Inputs are values: no function changes what it is given.
+An instance holds its hyperparameters and nothing else. Inputs are values: no function changes its inputs.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Parts(dict[str, Any]):
-    """A state or a message by part. A part that is missing is an error that names those that there are."""
+    """A state or a message by part. A missing part raises an error that names the existing parts."""
 
     def __init__(self, parts: Mapping[str, Any], owner: str) -> None:
         super().__init__(parts)
@@ -39,9 +39,9 @@ def missing(part: str, parts: Iterable[str | int], owner: str) -> MethodError:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What crosses the network: a state, and in an upload the client's weight in the aggregation.
+    """What server and clients send each other: a state, and in an upload the client's weight in the aggregation.
 
-    `message["model"]` is a part of the content. Raises `MethodError` for a part that is missing.
+    `message["model"]` is a part of the content. Raises `MethodError` for a missing part.
     """
 
     content: State
@@ -70,9 +70,9 @@ class Upload(Message):
 class Setup:
     """What server and clients know before the first round.
 
-    `clients` and `classes` are how many there are, `features` is the length of a feature vector (0 where features are
-    no vectors). `model` has the common initial parameters and buffers, in the network's order; `buffers` the names of
-    those that have no gradient.
+    `clients` and `classes` are numbers, `features` is the length of a feature vector (0 if features are not vectors).
+    `model` has the common initial parameters and buffers, in the network's order; `buffers` has the names of the
+    buffers, which have no gradient.
     """
 
     clients: int
@@ -90,11 +90,11 @@ class Setup:
         return self.draw(int(self.rng("fresh", *key).randint(2**31)))
 
     def rng(self, *key: str | int) -> np.random.RandomState:
-        """Return a generator for what a method draws once for all rounds: the same for the same `key`."""
+        """Return a generator for draws that a method makes once for all rounds: the same for the same `key`."""
         return rng(self.seed, "setup", *key)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Return zeros of the network's number format."""
+        """Return zeros in the network's number format."""
         return next(iter(self.model.values())).new_zeros(shape)
 
     def trainable(self, model: Params) -> Params:
@@ -104,24 +104,24 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What the server knows in a round: its number (1, 2, ...), the clients that take part, and the setup."""
+    """What the server knows in a round: its number (1, 2, ...), its cohort (the clients that train), and the setup."""
 
     number: int
     cohort: tuple[int, ...]
     setup: Setup
 
     def rng(self, *key: str | int) -> np.random.RandomState:
-        """Return a generator for what the server draws in this round: the same for the same `key`."""
+        """Return a generator for the server's draws in this round: the same for the same `key`."""
         return rng(self.setup.seed, "server", self.number, *key)
 
 
 class Cohort(Protocol):
-    """The clients of a round. The harness runs them in parallel, counts bytes, and keeps their states."""
+    """The clients of a round. The engine runs them in parallel, counts bytes, and stores their states."""
 
     def update(self, server: State, clients: Sequence[int] | None = None) -> list[Upload]:
-        """Return the uploads of `clients`, by default of the whole cohort, in the order of their numbers.
+        """Return the uploads of `clients`, by default of all clients of the cohort, in the order of their numbers.
 
-        Each is sent `Algorithm.broadcast` of the `server` state and does its `Algorithm.local_update`.
+        Each client receives `Algorithm.broadcast` of the `server` state and computes `Algorithm.local_update`.
         """
         ...
 
@@ -130,9 +130,9 @@ class Cohort(Protocol):
 class Algorithm:
     """Base of all methods. A method is a frozen dataclass: its fields, made by `setting`, are its hyperparameters.
 
-    The server has one model, without what is personal; a client keeps what is personal. A method overrides what its
-    paper changes. Docstrings of methods have the lines `Paper:`, `Personal:`, `Evaluated:` and, where there are any,
-    `Deviations:`; `pflbench describe` shows them.
+    By default, the server has the shared parameters of one model, and each client keeps its personal parameters. A
+    method overrides what its paper changes. The docstring of a method has the lines `Paper:`, `Personal:`,
+    `Evaluated:` and, if it deviates from the paper, `Deviations:`; `pflbench describe` shows them.
     """
 
     name: ClassVar[str]  # set by `register`
@@ -141,7 +141,7 @@ class Algorithm:
         settings.normalise(self)
 
     def check(self, setup: Setup) -> None:
-        """Raise `UsageError` when the method cannot run in this federation. Nothing was computed or written yet."""
+        """Raise `UsageError` when the method cannot run in this federation, before anything is computed or written."""
 
     def personal(self, model: Params) -> Params:
         """Return the parameters of `model` that never leave their client. By default there are none."""
@@ -170,38 +170,38 @@ class Algorithm:
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         """Return the new server state from a round's uploads, which come in the order of client numbers."""
-        raise MethodError(f"{self.name} does not define aggregate, which makes the server's new state")
+        raise MethodError(f"{self.name} does not define aggregate, which returns the server's new state")
 
     def play(self, round: Round, server: State, cohort: Cohort) -> State:
-        """Return the server state after a round. Overridden by methods whose clients are not all asked once, together.
+        """Return the server state after a round.
 
-        Uploads are only valid until this returns.
+        Override this when the clients do not all train once and together. Uploads are only valid until this returns.
         """
         return self.aggregate(round, server, cohort.update(server))
 
     def serve(self, round: Round, server: State, client: int) -> Message:
-        """Return what `client` is sent when it is evaluated: by default, what it is sent to train."""
+        """Return what the server sends to `client` for its evaluation: by default, the same as for training."""
         return self.broadcast(round, server, client)
 
     def personalise(self, client: "Client", received: Message, state: State) -> State:
         """Return exactly what is deployed on this client and evaluated.
 
-        By default, "model" is the received model, with the parameters that the client keeps as its "model" in place.
+        By default, "model" is the received model, completed by the personal parameters in the client's state.
         """
         return {"model": {**received.content.get("model", {}), **state.get("model", {})}}
 
     def predict(self, net: "Replica", deployed: State, x: Tensor) -> Tensor:
-        """Return the logits [n, classes] of `x` as the client answers with what is `deployed`.
+        """Return the logits [n, classes] of `x` that the client computes with what is `deployed`.
 
-        `net(params, x)` gives a network's logits, `net.features(params, x)` its features, in evaluation mode. A class
-        that cannot be the answer has the logit -inf.
+        `net(params, x)` gives the network's logits, `net.features(params, x)` its features, in evaluation mode. A class
+        that the client rules out has the logit -inf.
         """
         return net(deployed["model"], x)
 
     def global_model(self, server: State) -> Params | None:
-        """Return the model that the server could hand to anybody, or None where there is none.
+        """Return the global model, or None if there is none.
 
-        A model that lacks parameters, because they are personal, is not evaluated as a global model.
+        If it lacks parameters because they are personal, it is not evaluated.
         """
         return server.get("model")
 
@@ -213,7 +213,7 @@ def need_features(method: Algorithm, setup: Setup) -> None:
 
 
 def mean(uploads: Sequence[Upload], part: str, *, equal: bool = False) -> Params:
-    """Return the mean of a part of the uploads, weighted by their weights unless all weights are to be `equal`."""
+    """Return the mean of a part of the uploads, weighted by their weights, or with `equal` weights."""
     return average(each(uploads, part), [1.0 if equal else upload.weight for upload in uploads])
 
 

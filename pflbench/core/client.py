@@ -1,6 +1,6 @@
-"""A client in a round: its data, and the verbs that a method's client code is written in.
+"""A client in a round: its data, and the functions that methods call to train on it.
 
-The only training loops of the project are here.
+All training loops of pflbench are in this module.
 """
 
 import contextlib
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 class Client:
     """One client in one round.
 
-    `id` is its number, `n` the number of its training samples, `y` their labels [n], `setup` what is known of the
-    federation, `protocol` how clients train in this round. Parameters go in and come out; nothing is kept but `counts`,
-    what was done so far.
+    `id` is its number, `n` the number of its training samples, `y` their labels [n], `setup` is what server and clients
+    know of the federation, `protocol` is how clients train in this round. Functions take and return parameters. The
+    client stores nothing between calls except `counts`, the work so far.
 
-    Every draw is keyed by (seed, stream, round, client): a `stream` names a pass over the data, and the same stream
-    gives every method the same batches.
+    Every draw is keyed by (seed, stream, round, client). A `stream` names a pass over the data: with the same stream,
+    every method gets the same batches.
     """
 
     def __init__(
         self, replica: Replica, train: Split, setup: "Setup", protocol: SGD, *, seed: int, key: tuple[int, ...]
     ) -> None:
-        """`key` is the round and the client, and the number of the exchange where a round has several."""
+        """`key` has the round and the client, and the number of the exchange from the second exchange on."""
         self._replica = replica
         self._x = train.x
         self._seed = seed
@@ -66,7 +66,7 @@ class Client:
         self.y = train.y
         self.n = len(train)
         self.counts = Counts()
-        # A network of the user's may draw, for dropout say.
+        # The user's network may draw random numbers, for example for dropout.
         torch.manual_seed(int(rng(seed, "torch", *key).randint(2**31)))
 
     @overload
@@ -94,13 +94,13 @@ class Client:
     ) -> Params | tuple[Params, Params]:
         """Return `start` after SGD on the client's training data.
 
-        `config` is the protocol unless given. `loss(net, batch)` returns the scalar to descend. `trainable` has the
+        `config` is by default the protocol. `loss(net, batch)` returns the scalar to minimise. `trainable` has the
         names of the parameters and buffers that change, by default all. `transform(gradients, parameters)` returns the
-        gradients that are used; `proximal` makes one. `extra` are tensors that are trained together with the network:
-        the loss finds them in `net.extra`, and they are returned, trained, as a second value.
+        gradients that the step uses; `proximal` returns such a transform. `extra` has tensors that are trained together
+        with the network: the loss reads them from `net.extra`, and the trained tensors are returned as a second value.
 
-        Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is no scalar or
-        `trainable` has a name that `start` has not.
+        Raises `Diverged` when the loss or a parameter is not finite, `MethodError` when the loss is not a scalar or
+        `trainable` has a name that is not in `start`.
         """
         config = config or self.protocol
         if unknown := [name for name in trainable or () if name not in start]:
@@ -161,10 +161,10 @@ class Client:
         config: SGD | None = None,
         stream: str = TRAIN,
     ) -> Params:
-        """Return `start` after steps w - lr * `direction`(w, batch, ...), for methods whose step is no gradient.
+        """Return `start` after steps w - lr * `direction`(w, batch, ...), for methods without a plain gradient step.
 
         `direction` gets the parameters and the next `batches` batches, and returns what is subtracted, by name. It
-        takes its gradients with `grad(..., train_mode=True)`. Momentum and weight decay work on it as on a gradient.
+        computes its gradients with `grad(..., train_mode=True)`. Momentum and weight decay treat it as a gradient.
 
         A step uses `batches` batches; leftover batches are dropped. A client with fewer batches than one step needs
         repeats its data. Running statistics are those of the last gradient. Raises `Diverged` when the parameters are
@@ -185,7 +185,7 @@ class Client:
         return now
 
     def batches(self, *, stream: str, config: SGD | None = None) -> Iterator[Batch]:
-        """Yield the training data once, in batches of the protocol's size and order unless `config` is given."""
+        """Yield the training data once, in batches. `config`, by default the protocol, gives their size and order."""
         once = dataclasses.replace(config or self.protocol, epochs=1)
         for index in self._order(once, stream):
             yield Batch(self._replica.batch(self._x, index), self.y[index], index, stream)
@@ -202,15 +202,15 @@ class Client:
     ) -> Params:
         """Return the gradient of the `loss` of one batch at parameters `at`, in evaluation mode unless `train_mode`.
 
-        `trainable` has the names of the parameters to differentiate by, by default all. With `exact` nothing is
-        computed in bf16. In training mode, the loss of a batch of the stream "train" is part of the training loss.
+        `trainable` has the names of the parameters of the gradient, by default all. With `exact` nothing is computed in
+        bf16. In training mode, the loss of a batch of the stream "train" is part of the training loss.
         """
         net = self._replica.load(at).train(train_mode)
         named = {name: p for name, p in net.named_parameters() if trainable is None or name in trainable}
         for name, p in net.named_parameters():
             p.requires_grad_(name in named)
         with self._counted(net), contextlib.nullcontext() if exact else self._replica.forward():
-            # A first layer may work in place, and the batch may come again.
+            # A first layer may work in place, and the batch may be used again.
             value = loss(net, dataclasses.replace(batch, x=batch.x.clone()))
         self._check_scalar(value)
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
@@ -229,7 +229,7 @@ class Client:
         Raises `MethodError` when there are no samples.
         """
         if not self.n:
-            raise MethodError(f"client {self.id}: a loss needs samples, and this part of the client has none")
+            raise MethodError(f"client {self.id}: a loss needs samples, but this part of the client has none")
         net = self._replica.load(model).eval()
         total = 0.0
         with self._counted(net), torch.no_grad(), self._replica.forward():
@@ -239,10 +239,10 @@ class Client:
         return total / self.n
 
     def part(self, share: float, *, stream: str, every_round: bool = True) -> "tuple[Client, Client]":
-        """Return this client with a random `share` of its samples (rounded up), and with the others.
+        """Return this client with a random `share` of its samples (rounded up), and this client with the other samples.
 
-        They are drawn in every round again, or once for all rounds; for each `stream` apart. What the two do counts
-        here, too.
+        The samples are drawn in every round, or once for all rounds. Each `stream` has an independent draw. The work of
+        both parts is counted in this client's `counts`.
         """
         key = self._key if every_round else (self.id,)
         order = torch.from_numpy(rng(self._seed, "parts", stream, *key).permutation(self.n))
@@ -250,7 +250,7 @@ class Client:
         return self._subset(order[:cut].sort().values), self._subset(order[cut:].sort().values)
 
     def rng(self, *key: str | int) -> np.random.RandomState:
-        """Return a generator of this round and client, for what a method draws itself: the same for the same `key`."""
+        """Return a generator of this round and client, for a method's draws: the same for the same `key`."""
         return rng(self._seed, "random", *key, *self._key)
 
     def _subset(self, index: Tensor) -> "Client":
@@ -269,9 +269,9 @@ class Client:
 
     @contextlib.contextmanager
     def _counted(self, net: Net) -> Iterator[None]:
-        """Count the samples that pass through the body of `net`, with whichever parameters and however often.
+        """Count every sample of every pass through the body of `net`, with any parameters.
 
-        A pass with gradients counts as a pass backward, too.
+        A pass with gradients counts as a backward pass, too.
         """
 
         def count(_body: nn.Module, _inputs: object, features: Tensor) -> None:
@@ -290,19 +290,22 @@ class Client:
         return found.to(self._replica.dtype)
 
     def _order(self, config: SGD, stream: str) -> Iterator[Tensor]:
-        """Yield the rows of each batch. Every pass over a stream in a round has its own order."""
+        """Yield the rows of each batch. Every pass over a stream in a round has another order."""
         generator = rng(self._seed, "batches", stream, self._passes[stream], *self._key)
         self._passes[stream] += 1
         yield from config.order(self.n, generator)
 
 
 def class_counts(client: Client) -> Tensor:
-    """Return how many training samples a client has of each class [classes]."""
+    """Return the client's number of training samples of each class [classes]."""
     return client.y.bincount(minlength=client.setup.classes)
 
 
 def prototypes(client: Client, model: Params) -> Tensor:
-    """Return the mean feature of each class's training samples [classes, d], in evaluation mode; zeros where absent."""
+    """Return the mean feature of the training samples of each class [classes, d], zeros for a class without samples.
+
+    Features are computed in evaluation mode.
+    """
     features = client.features(model)
     sums = features.new_zeros(client.setup.classes, features.shape[1]).index_add_(0, client.y, features)
     return sums / class_counts(client).clamp(min=1)[:, None]

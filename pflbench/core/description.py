@@ -1,4 +1,4 @@
-"""Descriptions of methods, read from their files. No method is imported for it, so torch is not imported either."""
+"""Descriptions of methods, read from their files without importing the methods or torch."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ class Description:
 
 
 class UnreadableError(Exception):
-    """The text of a file does not tell: it computes a value that must be a literal, or it has no such class."""
+    """A file's text is not enough: it computes a value that must be a literal, or it lacks the class."""
 
 
 def title(text: str) -> str | None:
@@ -30,14 +30,14 @@ def title(text: str) -> str | None:
 
 
 def docstring(module: str) -> str:
-    """Return the docstring of `module`. Raises `UnreadableError` where there is no file, or no Python in it."""
+    """Return the docstring of `module`. Raises `UnreadableError` when it has no file, or no valid Python in it."""
     return ast.get_docstring(_File(module).tree) or ""
 
 
 def read(module: str, name: str) -> Description:
     """Return what the file of `module` says about the method that it registers as `name`.
 
-    Raises `UnreadableError` where the file's text does not tell.
+    Raises `UnreadableError` when the file's text is not enough.
     """
     file = _File(module)
     for node in file.classes.values():
@@ -62,7 +62,7 @@ class _File:
         self._package = spec.parent or ""
 
     def origin(self, name: str) -> tuple[str, str]:
-        """Return the module that `name` is imported from, and the name that it has there."""
+        """Return the module from which `name` is imported, and the name in that module."""
         for node in (node for node in self.tree.body if isinstance(node, ast.ImportFrom)):
             for alias in node.names:
                 if name == (alias.asname or alias.name):
@@ -75,7 +75,7 @@ _Copies = dict[tuple[str, str], type]
 
 
 def _copy(file: _File, node: ast.ClassDef, known: _Copies) -> type:
-    """Return a dataclass with the bases and the fields of a class, and nothing else of it.
+    """Return a dataclass with only the bases and the fields of a class.
 
     `known` has the copies so far: a base that two classes share must be one class.
     """
@@ -106,7 +106,7 @@ def _base(file: _File, base: ast.expr, known: _Copies) -> type:
 
 
 def _field(value: ast.expr) -> Any:
-    """Return the field that `value` makes. A constant is no setting: it only hides an inherited one of its name."""
+    """Return the field that `value` makes. A constant is not a setting: it hides an inherited setting of that name."""
     if not isinstance(value, ast.Call):
         return None
     call = _call(value, "setting")
@@ -114,12 +114,12 @@ def _field(value: ast.expr) -> Any:
         raise UnreadableError
     try:
         return settings.setting(*call[0], **call[1])
-    except TypeError:  # the import shows the author where
+    except TypeError:  # the import will show the author the place
         raise UnreadableError from None
 
 
 def _call(node: ast.expr, function: str) -> tuple[list[Any], dict[str, Any]] | None:
-    """Return the arguments of a call of `function`, None for everything else."""
+    """Return the arguments of a call of `function`, None for any other expression."""
     if not isinstance(node, ast.Call):
         return None
     called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)

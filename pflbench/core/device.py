@@ -1,4 +1,4 @@
-"""A process's copy of the network. Everything that depends on the device and the number format is here."""
+"""A process's copy of the network. All code that depends on the device and the number format is in this module."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ def chunks(n: int) -> Iterator[slice]:
 
 @dataclasses.dataclass
 class Replica:
-    """One process's copy of the network, and the parameters that it holds: only those that differ are loaded.
+    """One process's copy of the network, and the parameters that it holds. Only parameters that differ are loaded.
 
     With `precision` "bf16", forward passes within `forward()` run in bfloat16.
     """
@@ -37,7 +37,7 @@ class Replica:
         self.dtype = next(iter(self.slots.values())).dtype
         # A forward pass in training mode may change these.
         self.buffers = {name for name, _ in self.net.named_buffers() if name in self.slots}
-        # Integers (how many batches a BatchNorm has seen) belong to no state: every load resets them.
+        # Integers (BatchNorm's count of batches) are not part of a state: every load resets them.
         self._counts = [(b, b.clone()) for b in self.net.buffers() if not b.is_floating_point()]
 
     def __call__(self, model: Params, x: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ class Replica:
         for name, slot in self.slots.items():
             value = values.get(name)
             if value is None:
-                raise MethodError(f"the network needs the parameter {name!r}; given are {', '.join(values) or 'none'}")
+                given = ", ".join(values) or "none"
+                raise MethodError(f"the network needs the parameter {name!r}; the given parameters are: {given}")
             if name in self.buffers or self.loaded.get(name) is not value:
                 if value.shape != slot.shape:
                     shapes = f"{tuple(value.shape)}; the network's has {tuple(slot.shape)}"
@@ -80,7 +81,7 @@ class Replica:
         """Return samples `index` of `x` as the network takes them: floating-point, images channels-last."""
         images = x.dim() == 4
         rows = x.permute(0, 2, 3, 1) if images else x
-        # A slice is copied: a network's first layer may work in place, and must not get the data itself.
+        # A slice is copied: a network's first layer may work in place, and must not change the data.
         view = isinstance(index, slice)
         out = (rows[index] if isinstance(index, slice) else rows.index_select(0, index)).to(self.dtype, copy=view)
         if images:

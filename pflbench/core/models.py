@@ -1,4 +1,4 @@
-"""The networks. Each has a `body`, whose output are the features, and a `head`, one linear layer."""
+"""The networks. Each has a `body`, whose output is the features, and a `head`, one linear layer."""
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Net(nn.Module):
 def build_model(name: str, shape: tuple[int, ...], classes: int, *, seed: int = 0, norm: str | None = None) -> Net:
     """Return model `name` for samples of `shape` and `classes` classes, with initial parameters drawn from `seed`.
 
-    Torch's global random state is left as it was. Raises `UsageError` when the samples do not fit the model.
+    Torch's global random state does not change. Raises `UsageError` when the samples do not fit the model.
     """
     if name not in MODELS:
         raise unknown("model", name, MODELS)
@@ -45,7 +45,7 @@ def _cnn(shape: tuple[int, ...], classes: int, norm: str | None) -> Net:
     if min(sides) < 1:
         raise UsageError(f"model 'cnn' needs images of at least 16x16; these are {height}x{width}; use --model mlp")
     body = nn.Sequential(
-        # Pooled before ReLU: the same values and gradients, for a quarter of ReLU's work.
+        # Pooling comes before ReLU: the same values and gradients, with a quarter of ReLU's work.
         nn.Conv2d(channels, 32, 5),
         *_norm(norm, 32),
         nn.MaxPool2d(2),
@@ -68,7 +68,7 @@ def _norm(norm: str | None, channels: int) -> list[nn.Module]:
     if norm == "group":
         return [nn.GroupNorm(32, channels)]
     layer = nn.BatchNorm2d(channels)
-    layer.num_batches_tracked = None  # an integer that only momentum=None reads; there is nothing to average
+    layer.num_batches_tracked = None  # an integer, which cannot be averaged; only momentum=None reads it
     return [layer]
 
 

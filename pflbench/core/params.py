@@ -1,4 +1,4 @@
-"""Parameters by name, states that nest them, and the functions over both. Nothing here changes its inputs."""
+"""Parameters by name, states that nest them, and functions of both. No function changes its inputs."""
 
 import hashlib
 import math
@@ -12,8 +12,8 @@ Params = dict[str, Tensor]
 """Parameters, or parameters and buffers, by name."""
 
 State = Mapping[str, Any]
-"""What a server or a client keeps, and what a message carries: mappings as deep as a method likes, with strings or
-integers as keys, and tensors, integers and floats as leaves."""
+"""What a server or a client keeps, and what a message carries: mappings of any depth, with strings or integers as keys,
+and tensors, integers and floats as leaves."""
 
 Path = tuple[str | int, ...]
 
@@ -30,7 +30,7 @@ def slots(net: nn.Module) -> Params:
 
 
 def in_head(name: str) -> bool:
-    """Return whether a parameter is the classifier head's."""
+    """Return whether a parameter belongs to the classifier head."""
     return name.startswith("head.")
 
 
@@ -40,7 +40,7 @@ def head(model: Params) -> Params:
 
 
 def body(model: Params) -> Params:
-    """Return the parameters and buffers of the body, everything below the head."""
+    """Return the parameters and buffers of the body, the layers before the head."""
     return {name: tensor for name, tensor in model.items() if name.startswith("body.")}
 
 
@@ -58,8 +58,8 @@ def zeros_like(model: Params) -> Params:
 def average(parts: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> Params:
     """Return the weighted mean of `parts`, tensor by tensor, with `weights` normalised to sum 1.
 
-    Sums run in float64 in the order of `parts`, so that the result does not depend on which client finished first, and
-    a single part is returned exactly. A part is released when it has been added.
+    Sums are in float64 in the order of `parts`: the result does not depend on which client finished first, and a single
+    part is returned exactly. A part's memory is free after it was added.
     """
     total = float(sum(weights))
     sums: Params = {}
@@ -93,14 +93,14 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def nbytes(tree: Any) -> int:
-    """Return the bytes of a state: those of its tensors, and 8 for each number. Keys are not counted."""
+    """Return the bytes of a state: the bytes of its tensors, and 8 for each number. Keys are not counted."""
     return sum(t.numel() * t.element_size() if isinstance(t, Tensor) else 8 for _, t in leaves(tree))
 
 
 def fingerprint(tree: Any, digest: Callable[[Tensor], str] | None = None) -> str:
-    """Return the SHA-256 of the names, types, shapes and values of a state, whatever its order.
+    """Return the SHA-256 of the names, types, shapes and values of a state. It does not depend on the state's order.
 
-    `digest` may stand for `tensor_digest`, where the caller knows digests already.
+    `digest` replaces `tensor_digest` if the caller knows some digests already.
     """
     lines = []
     for path, leaf in leaves(tree):

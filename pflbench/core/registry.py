@@ -1,6 +1,6 @@
 """The methods by name: the files of `algorithms/`, and the entry points of other packages.
 
-Names, titles and descriptions are read from the methods' files, without an import of a method or of torch.
+Names, titles and descriptions are read from the methods' files without importing a method or torch.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def _plugins() -> dict[str, EntryPoint]:
 
 
 def _modules() -> dict[str, str]:
-    """Return the modules of all methods that have one by method name."""
+    """Return, by method name, the modules of all methods that have a module."""
     files, plugins = _files(), _plugins()
     if clash := files.keys() & plugins.keys():
         name = min(clash)
@@ -86,13 +86,13 @@ def algorithms() -> dict[str, str]:
         try:
             lines[name] = description.docstring(module).partition("\n")[0]
         except UnreadableError:
-            lines[name] = "cannot be read: its file is no Python"
+            lines[name] = "cannot be read: its file is not valid Python"
     lines |= {name: (cls.__doc__ or "").split("\n")[0] for name, cls in _registered.items() if name not in lines}
     return lines
 
 
 def algorithm(name: str) -> "type[Algorithm]":
-    """Return the class of method `name`. Raises `UsageError` when there is none, with the nearest name."""
+    """Return the class of method `name`. Raises `UsageError`, with the nearest name, when there is none."""
     if name not in _registered:
         modules = _modules()
         if name not in modules:
@@ -112,9 +112,9 @@ def make(name: str, hyperparameters: Mapping[str, Any]) -> "Algorithm":
 
 
 def describe(name: str) -> Description:
-    """Return the description of method `name`; its module is imported only where the file's text is not enough.
+    """Return the description of method `name`; its module is imported only if the file's text is not enough.
 
-    Raises `UsageError` when there is no such method, with the nearest name.
+    Raises `UsageError`, with the nearest name, when there is no such method.
     """
     module = _modules().get(name)
     if module is not None:
@@ -128,7 +128,7 @@ def describe(name: str) -> Description:
 def title(name: str) -> str:
     """Return the name that method `name` has in its paper, for example "Per-FedAvg".
 
-    Returns `name` itself where that is not known: for a method without a file, or one that is not installed.
+    Returns `name` if that name is not known: for a method without a file, or a method that is not installed.
     """
     module = _modules().get(name)
     if module is None:

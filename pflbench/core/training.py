@@ -1,4 +1,4 @@
-"""What training is made of: batches, losses, SGD and its settings."""
+"""The parts of training: batches, losses, SGD and its settings."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ TRAIN = "train"
 class Batch:
     """A batch: samples `x` as the network takes them, labels `y` [n], and `index` [n], their rows in the client's data.
 
-    `stream` names the pass over the data that the batch belongs to.
+    `stream` names the pass over the data to which the batch belongs.
     """
 
     x: Tensor
@@ -35,7 +35,7 @@ class Batch:
 Loss = Callable[[Net, Batch], Tensor]
 """(net, batch) -> the loss of the batch, a scalar."""
 Transform = Callable[[Params, Params], Params]
-"""(gradients, parameters) -> the gradients that are used."""
+"""(gradients, parameters) -> the gradients that the step uses."""
 Direction = Callable[..., Params]
 """(parameters, batch, ...) -> what a step subtracts, by name."""
 
@@ -52,9 +52,9 @@ def proximal(to: Params, weight: float) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-    """How a client trains: `epochs` over its data in batches of `batch_size`, in a new random order if `shuffle`.
+    """How a client trains: `epochs` over its data in batches of `batch_size`, each in a new random order if `shuffle`.
 
-    `drop_last` leaves out an incomplete last batch, unless it is the only one.
+    `drop_last` drops an incomplete last batch, unless it is the only one.
     """
 
     epochs: int
@@ -81,7 +81,7 @@ class SGD:
 
 
 class Optimiser:
-    """SGD with momentum and weight decay as `torch.optim.SGD` computes it, bit for bit.
+    """SGD with momentum and weight decay: the same bits as `torch.optim.SGD`.
 
     The first use of `torch.optim` would import torch's compiler, which takes seconds.
     """
@@ -94,7 +94,7 @@ class Optimiser:
         self._names: list[str] = []
 
     def direction(self, grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return what a step subtracts, times the learning rate. It is valid until the next call."""
+        """Return the direction of a step, which subtracts lr times it. It is valid until the next call."""
         if self._decay:
             grads = [g.add(p, alpha=self._decay) for g, p in zip(grads, parameters, strict=True)]
         if self._momentum and not self._velocity:
@@ -104,7 +104,7 @@ class Optimiser:
         return grads
 
     def step(self, grads: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """Make a step, in place."""
+        """Update `parameters` by a step, in place."""
         for p, g in zip(parameters, self.direction(grads, parameters), strict=True):
             p.add_(g, alpha=-self._lr)
 
@@ -117,7 +117,7 @@ class Optimiser:
 
 @dataclasses.dataclass
 class Counts:
-    """What a client's work was: steps of SGD, samples passed through the body, and the losses of training."""
+    """A client's work: steps of SGD, samples in passes through the body, and the losses of training."""
 
     steps: int = 0
     forward: int = 0
