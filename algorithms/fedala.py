@@ -1,15 +1,16 @@
-"""FedALA: every client learns an element-wise mixture of the received model and its own, and starts from it.
+"""FedALA: every client learns an element-wise mixture of the received and its personal model, and starts from it.
 
 Paper: Zhang et al., "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", AAAI 2023,
 https://arxiv.org/abs/2212.01197; Algorithm 1, whose lines 6 to 16 are the local aggregation: the last layers become
-own + (received - own) * W, the others are the received ones. W starts as ones. SGD trains it on a random share of the
-samples and clips it to [0, 1]: until it converges the first time, and for one epoch in every later round.
+personal + (received - personal) * W, the other layers are the received ones. W starts as ones. SGD trains it on a
+random share of the samples and clips it to [0, 1]: until it converges the first time, and for one epoch in every later
+round.
 Personal: W, and the client's model after training, which is also uploaded.
-Evaluated: the client's own model after its last training; before its first participation, the initial one.
+Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Deviations: W has converged, as in the authors' code, when the last ten losses have a standard deviation below 0.1; our
-losses are over the share, theirs of a last batch, and we stop at 100 epochs. Their code mixes for absent clients, too,
-and tests mixtures. As there, a received model that equals the client's own is not mixed, and no batch of the weights'
-training is dropped, whatever the protocol says.
+losses are over the share, theirs over the last batch, and we stop at 100 epochs. Their code also mixes for absent
+clients, and evaluates mixtures. As in their code, a received model that equals the client's is not mixed, and the
+training of W uses all batches, even if the protocol drops incomplete ones.
 """
 
 from dataclasses import replace
@@ -37,18 +38,18 @@ class FedALA(FedAvg):
         model = client.sgd(start)
         return Message({"model": model}, weight=client.n), {"model": model, "weights": weights}
 
-    def mix(self, client: Client, received: Params, own: Params, weights: Params) -> tuple[Params, Params]:
-        """Return the mixture and its weights, trained further; `weights` is empty the first time."""
-        if all(torch.equal(t, own[name]) for name, t in received.items()):
+    def mix(self, client: Client, received: Params, personal: Params, weights: Params) -> tuple[Params, Params]:
+        """Return the mixture and its newly trained weights; `weights` is empty the first time."""
+        if all(torch.equal(t, personal[name]) for name, t in received.items()):
             return received, weights
         layer = {name: name.rpartition(".")[0] for name in client.setup.trainable(received)}
         last = list(dict.fromkeys(layer.values()))[-self.layers :]
-        gap = {name: received[name] - own[name] for name in layer if layer[name] in last}
+        gap = {name: received[name] - personal[name] for name in layer if layer[name] in last}
         some, _ = client.part(self.share, stream="weights")
         config = replace(client.protocol, epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, drop_last=False)
 
         def mixed(w: Params) -> Params:
-            return {**received, **{name: own[name] + by * w[name] for name, by in gap.items()}}
+            return {**received, **{name: personal[name] + by * w[name] for name, by in gap.items()}}
 
         def direction(w: Params, batch: Batch) -> Params:
             grad = some.grad(mixed(w), batch, trainable=gap, train_mode=True)

@@ -4,13 +4,13 @@ Paper: Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data
 https://arxiv.org/abs/2007.03797; Algorithm 1 with A(t) = 1 - exp(-t / sigma). The cloud model of client i is
 u_i = (1 - sum_j xi_ij) w_i + sum_j xi_ij w_j over the others j, with xi_ij = alpha_k A'(||w_i - w_j||^2); the client's
 model becomes argmin_w F_i(w) + lambda / (2 alpha_k) ||w - u_i||^2.
-Personal: the whole model; the server keeps the last one of every client.
-Evaluated: the client's own model after its last training; before its first participation, the initial one.
+Personal: the whole model; the server keeps the last upload of every client.
+Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Deviations: the argmin is approximated by the protocol's SGD, which starts at u_i. In the paper all clients take part.
 With partial participation the server uses each absent client's last upload; clients that never participated receive no
-attention. The default of sigma is ours: the largest attention, alpha_k / sigma, is then 0.01. A step's pull is at most
-the whole way to u_i: as alpha_k falls, lambda / alpha_k grows beyond what SGD can follow. Distances count running
-statistics, too. A federation of more than 1 + sigma / alpha_k clients is refused: attentions could sum to more than 1.
+attention. The default of sigma is ours: it makes the largest attention, alpha_k / sigma, 0.01. The pull of a step goes
+at most to u_i: as alpha_k falls, lambda / alpha_k becomes too large for SGD. Distances include running statistics. A
+federation of more than 1 + sigma / alpha_k clients is refused: attentions could sum to more than 1.
 """
 
 from collections.abc import Sequence
@@ -48,10 +48,10 @@ class FedAMP(Algorithm):
 
     def broadcast(self, round: Round, server: State, client: int) -> Message:
         alpha = self.alpha * self.alpha_decay ** ((round.number - 1) // self.decay_every)
-        own = server["models"].get(client, round.setup.model)
+        w_i = server["models"].get(client, round.setup.model)
         others = [model for other, model in server["models"].items() if other != client]
-        attention = [alpha / self.sigma * exp(-(distance(own, w) ** 2) / self.sigma) for w in others]
-        cloud = average([own, *others], [1 - sum(attention), *attention])
+        attention = [alpha / self.sigma * exp(-(distance(w_i, w_j) ** 2) / self.sigma) for w_j in others]
+        cloud = average([w_i, *others], [1 - sum(attention), *attention])
         return Message({"model": cloud, "alpha": alpha})
 
     def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:

@@ -1,12 +1,12 @@
-"""FedAS: align the received body with the client's own features; weight the average by Fisher information.
+"""FedAS: align the received body with the client's features; weight the average by Fisher information.
 
 Paper: Yang, Huang, Ye, "FedAS: Bridging Inconsistency in Personalized Federated Learning", CVPR 2024, pp. 11986-11995.
-Parameter alignment: p_c is the mean feature of the client's samples of class c under its own previous model; the
-received body phi descends the sum over the classes c in a batch of MSE(phi(x_c), p_c). Then body and own head train
+Parameter alignment: p_c is the mean feature of the client's samples of class c under its previous model; the received
+body phi descends the sum over the classes c in a batch of MSE(phi(x_c), p_c). Then body and personal head train
 together. Client synchronisation: the server's body is sum_k F_k phi_k / sum_j F_j over the round's uploads, where F_k
 is the trace of client k's Fisher information after its training.
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
-Evaluated: the client's own model after its last training; before its first participation, the initial one.
+Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over
 batches of the squared norm of the gradient of the batch's mean loss, which grows with the client's samples. We align a
 copy of the received body. The authors' code aligns the server's model in place, so each client starts from the body
@@ -81,7 +81,7 @@ class FedAS(FedPer):
 
 
 def to_prototypes(means: Tensor) -> Loss:
-    """Return the alignment loss: the sum over the classes of a batch of the MSE of their features to `means`."""
+    """Return the alignment loss: the MSE between features and `means`, summed over the classes in a batch."""
 
     def loss(net: Net, batch: Batch) -> Tensor:
         distance = (net.body(batch.x) - means[batch.y]).square().mean(1)

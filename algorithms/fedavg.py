@@ -13,7 +13,7 @@ from pflbench.core import Algorithm, Client, Message, Round, State, Upload, mean
 
 @register("fedavg")
 class FedAvg(Algorithm):
-    """Federated averaging, and the base of the methods that average what is shared."""
+    """Federated averaging, and the base of all methods that average the shared parameters."""
 
     def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
         model = client.sgd({**received["model"], **state["model"]})

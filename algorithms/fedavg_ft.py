@@ -1,11 +1,12 @@
-"""FedAvg-FT: FedAvg; before an evaluation, every client fine-tunes the global model on its own data.
+"""FedAvg-FT: FedAvg; before an evaluation, every client fine-tunes the global model on its data.
 
 Paper: McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, with the fine-tuning of Wang et al., "Federated
 Evaluation of On-device Personalization", 2019, https://arxiv.org/abs/1910.10252, section 2: the personalised model is
-the global one after training on the client; it is not sent back.
+the global model after training on the client; it is not uploaded.
 Personal: nothing between rounds.
 Evaluated: the global model after `ft_epochs` epochs of the protocol's SGD on the client's training data.
-Deviations: the paper tunes the fine-tuning per task and gives no default; ours is one epoch at the protocol's rate.
+Deviations: the paper tunes the fine-tuning per task and gives no default; ours is one epoch at the protocol's learning
+rate.
 """
 
 from dataclasses import replace

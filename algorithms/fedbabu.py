@@ -5,10 +5,10 @@ https://arxiv.org/abs/2106.06042; Algorithm 1: body update (the head's learning 
 personalisation by fine-tuning, for 5 epochs in the paper's tables.
 Personal: nothing between rounds; the head is never sent, because it is the same for all clients and never changes.
 Evaluated: the averaged body and the initial head, after `ft_epochs` epochs of the protocol's SGD on the client's
-training data, at the round's rate.
-Deviations: `ft_part` is the whole network, as in the authors' evaluation code (a notebook), which tunes body and head
-at one rate; the paper's abstract speaks of the head (`ft_part=head`). The average is weighted by samples; the authors'
-code, whose clients have equally many, takes the plain mean.
+training data, at the round's learning rate.
+Deviations: `ft_part` is by default the whole network, as in the authors' evaluation code (a notebook), which tunes body
+and head at one learning rate; the paper's abstract speaks of the head (`ft_part=head`). The average is weighted by
+samples; the authors' code takes the plain mean, and its clients have equal numbers of samples.
 """
 
 from pflbench.core import Client, Message, Params, State, body, head, register, setting

@@ -5,9 +5,9 @@ Algorithm 1: client k minimises L_k(w) - <g_k, w> + alpha / 2 ||w - w^{t-1}||^2;
 estimate of its gradient at w_k; the server, of m clients in all, h <- h - alpha / m sum_k (w_k - w^{t-1}) over those
 that took part, and w^t = mean_k w_k - h / alpha, with equal weights.
 Personal: the client's g_k.
-Evaluated: the server's w^t. The authors' code tests means of the clients' models as well.
-Deviations: the minimiser is found by the protocol's local epochs, as in the authors' code; that divides alpha by the
-client's relative number of samples, Algorithm 1 does not. alpha is that of the authors' example. Buffers are averaged.
+Evaluated: the server's w^t. The authors' code also evaluates means of the clients' models.
+Deviations: the protocol's local epochs approximate the minimiser, as in the authors' code; their code divides alpha by
+the client's relative number of samples, Algorithm 1 does not. alpha comes from their example. Buffers are averaged.
 """
 
 from collections.abc import Sequence
@@ -39,12 +39,12 @@ class FedDyn(FedAvg):
             return pull({name: grad - g[name] for name, grad in grads.items()}, now)
 
         model = client.sgd(start, transform=regularised)
-        own = client.setup.trainable(model)
-        new = {name: g[name] - self.alpha * (t - start[name]) for name, t in own.items()}
+        trained = client.setup.trainable(model)
+        new = {name: g[name] - self.alpha * (t - start[name]) for name, t in trained.items()}
         return Message({"model": model}), {"gradient": {**g, **new}}
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         share, w = len(uploads) / round.setup.clients, mean(uploads, "model")
-        own = round.setup.trainable(w)
-        h = {n: server["h"][n] - self.alpha * share * (t - server["model"][n]) for n, t in own.items()}
-        return {"model": {**w, **{n: t - h[n] / self.alpha for n, t in own.items()}}, "h": {**server["h"], **h}}
+        trained = round.setup.trainable(w)
+        h = {n: server["h"][n] - self.alpha * share * (t - server["model"][n]) for n, t in trained.items()}
+        return {"model": {**w, **{n: t - h[n] / self.alpha for n, t in trained.items()}}, "h": {**server["h"], **h}}

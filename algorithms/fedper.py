@@ -4,7 +4,7 @@ Paper: Arivazhagan et al., "Federated Learning with Personalization Layers", 201
 Algorithm 1 (client: SGD on base and personalisation layers together) and Algorithm 2 (server: the base layers' average,
 weighted by samples).
 Personal: the head.
-Evaluated: the averaged body with the client's own head.
+Evaluated: the averaged body with the client's personal head.
 """
 
 from pflbench.core import Params, head, register

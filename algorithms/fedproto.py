@@ -4,14 +4,14 @@ Paper: Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous 
 https://arxiv.org/abs/2105.00243; section Problem Setting: prototypes, and inference by the nearest one; Methodology:
 their aggregation, equation (6), and the local loss, cross-entropy plus lambda times the distance to the global
 prototypes.
-Personal: the whole model. Only prototypes and their counts are sent; zeros for classes that a client does not have.
+Personal: the whole model. Clients upload only prototypes and counts, with zeros for classes without samples.
 Evaluated: the client's body f with argmin_j |f(x) - C_j| over the client's classes, where C_j are the global
-prototypes. Its logits are -|f(x) - C_j|^2, and -inf for other classes. Without any C_j, the client's own head answers.
+prototypes. Its logits are -|f(x) - C_j|^2, and -inf for other classes. Without any C_j, the personal head predicts.
 Deviations: the distance in the loss is the mean square over features of a sample to its class's prototype, as in the
 authors' code, where lambda is 1 (0.1 in its command for CIFAR-10); the paper takes class means. Weights are counts
 alone; the paper also divides by the number of clients, which would shrink prototypes; the authors' code takes the plain
-mean, of prototypes gathered while the weights move, ours after training. A class that no client uploads in a round
-keeps its prototype; in the paper all clients take part.
+mean. Their code collects prototypes during training, ours computes them after it. A class that no client uploads in a
+round keeps its prototype; in the paper all clients take part.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class FedProto(Algorithm):
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         mean, count = server["mean"].double(), 0 * server["count"].double()
-        for upload in uploads:  # a running mean: a class without uploads keeps its own
+        for upload in uploads:  # a running mean: a class without uploads keeps its mean
             count = count + upload["count"]
             mean = mean + (upload["mean"] - mean) * (upload["count"] / count.clamp(min=1))[:, None]
         count = where(count > 0, count, server["count"])

@@ -4,8 +4,8 @@ Paper: Collins et al., "Exploiting Shared Representations for Personalized Feder
 https://arxiv.org/abs/2102.07078; Algorithm 1: `head_epochs` of updates of h_i with the representation phi fixed, then
 the update of phi with h_i fixed; the server takes the plain mean of the phi_i, with equal weights.
 Personal: the head.
-Evaluated: the averaged body with the client's own head.
-Deviations: none. The body gets the protocol's local epochs; the paper's experiments use 10 for the head.
+Evaluated: the averaged body with the client's personal head.
+Deviations: none. The body trains for the protocol's local epochs; the paper's experiments use 10 for the head.
 """
 
 from dataclasses import replace

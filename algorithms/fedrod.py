@@ -5,10 +5,11 @@ https://arxiv.org/abs/2107.00778; Fed-RoD with a linear personalised head and th
 N_c samples of class c, the generic logits g(z) minimise -log(N_y^gamma exp g_y / sum_c N_c^gamma exp g_c), and the
 personalised head h_m minimises the cross-entropy of g(z) + h_m(z), with g and z held fixed.
 Personal: the personalised head.
-Evaluated: the received generic model and the client's own head. Both heads are linear, so the sum of their logits is
-one linear head with the sum of their weights. The received model alone is the global model.
+Evaluated: the received generic model and the client's personalised head. Both heads are linear, so the sum of their
+logits is one linear head with the sum of their weights. The received model alone is the global model.
 Deviations: the personalised head starts at zero, so that an untrained client has the generic model; other suites start
-it as a copy of the initial head. A class that the client lacks has weight 0 in the sum above: log 0 is never taken.
+it as a copy of the initial head. A class without samples on the client has weight 0 in the sum above; it is never a
+label, so log 0 does not occur.
 """
 
 import torch.nn.functional as F
@@ -42,12 +43,12 @@ class FedRoD(FedAvg):
         def loss(net: Net, batch: Batch) -> Tensor:
             z = net.body(batch.x)
             generic = net.head(z)
-            own = F.linear(z.detach(), net.extra["head.weight"], net.extra.get("head.bias"))
+            personal = F.linear(z.detach(), net.extra["head.weight"], net.extra.get("head.bias"))
             balanced = F.cross_entropy(generic + prior, batch.y, reduction="none")
-            return (balanced + F.cross_entropy(generic.detach() + own, batch.y, reduction="none")).mean()
+            return (balanced + F.cross_entropy(generic.detach() + personal, batch.y, reduction="none")).mean()
 
-        model, own = client.sgd(received["model"], extra=state["head"], loss=loss)
-        return Message({"model": model}, weight=client.n), {"head": own}
+        model, personal = client.sgd(received["model"], extra=state["head"], loss=loss)
+        return Message({"model": model}, weight=client.n), {"head": personal}
 
     def personalise(self, client: Client, received: Message, state: State) -> State:
         model = received["model"]

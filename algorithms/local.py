@@ -2,7 +2,7 @@
 
 Paper: none; the lower bound that federated learning has to beat, "Local" in the tables of PFL papers.
 Personal: the whole model.
-Evaluated: the client's own model; before its first participation, the initial one.
+Evaluated: the client's personal model; before its first participation, the initial model.
 """
 
 from collections.abc import Sequence

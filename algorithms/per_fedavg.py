@@ -7,12 +7,12 @@ it by double backward; the paper's approximation `hf` takes the difference of tw
 out. The batches of a step are independent; the server takes the plain mean. beta is the protocol's learning rate.
 Personal: nothing between rounds.
 Evaluated: the received model after one step alpha grad f_i, over all of the client's training data (with drop_last,
-less the last incomplete batch), in evaluation mode. The received model as it is, too, as the global one.
+without the last incomplete batch), in evaluation mode. The received model itself is the global model.
 Deviations: steps are counted in epochs: a batch serves one of the two (fo) or three (hf, exact) gradients of one step.
 On a network of ReLUs the difference of gradients crosses kinks: at the default delta it missed the exact product by a
-median of 76 % over 12 draws. hf is the default all the same, because it is what the paper's experiments run; exact is
-for those who want the equation. Neither is computed in bf16, which would round the difference away. alpha and delta
-have the values of public re-implementations.
+median of 76 % over 12 draws. hf is the default nevertheless, because the paper's experiments use it; exact follows the
+equation. Neither hf nor exact uses bf16, which would lose the difference. alpha and delta have the values of public
+re-implementations.
 """
 
 from dataclasses import replace
@@ -68,7 +68,7 @@ class PerFedAvg(FedAvg):
             )
             return torch.stack([(g * vector[name]).sum() for name, g in zip(named, grads, strict=True)]).sum()
 
-        # No loss of training: the batch is of another stream.
+        # With another stream, the loss of this batch is not part of the training loss.
         return client.grad(w, replace(batch, stream="hessian"), loss=slope, train_mode=True, exact=True)
 
     def personalise(self, client: Client, received: Message, state: State) -> State:
@@ -79,5 +79,5 @@ class PerFedAvg(FedAvg):
 
 
 def move(at: Params, along: Params, by: float) -> Params:
-    """Return `at` + `by` `along`; parameters that are not in `along` stay."""
+    """Return `at` + `by` * `along`; parameters that are not in `along` do not change."""
     return {**at, **{name: at[name].add(t, alpha=by) for name, t in along.items()}}

@@ -1,16 +1,16 @@
-"""pFedMe: descend the Moreau envelope of the local loss; its proximal point is the client's own model.
+"""pFedMe: descend the Moreau envelope of the local loss; its proximal point is the client's personal model.
 
 Paper: T. Dinh, Tran, Nguyen, "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020,
 https://arxiv.org/abs/2006.08848; Algorithm 1: on each batch, K gradient steps towards the minimum over theta of
 h_i = f_i(theta) + lambda/2 |theta - w|^2, equation (7), then w_i steps along lambda (w_i - theta), line 8; the server
 takes (1 - beta) w + beta times the plain mean of the w_i.
-Personal: theta, the client's own model.
+Personal: theta, the client's personal model.
 Evaluated: theta after the last batch; before its first participation, the initial model. The global model, too.
 Deviations: in the paper all clients train in every round, and some of them upload; here only the participants train,
-and all of them upload. theta continues from one batch to the next, and starts a round at the received model, as in the
-authors' code, whose lambda, K, beta and rate of theta are the defaults; its decay of theta (0.001) is left out, and the
-protocol's momentum and weight decay work on w alone. Steps are counted in epochs; the paper has R = 20 batches. beta
-does not apply to running statistics.
+and all of them upload. As in the authors' code, theta starts a round at the received model, and each batch continues
+from theta of the previous batch. lambda, K, beta and the learning rate of theta are the defaults of their code; we omit
+its decay of theta (0.001), and the protocol's momentum and weight decay apply to w alone. Steps are counted in epochs;
+the paper has R = 20 batches. beta does not apply to running statistics.
 """
 
 from collections.abc import Sequence

@@ -6,9 +6,9 @@ c_i+ = c_i - c + (x - y_i) / (K eta_l); the server x <- x + eta_g mean(y_i - x),
 the |S| of N clients that took part, with equal weights.
 Personal: the client's control variate.
 Evaluated: the global model.
-Deviations: K is the steps of the protocol's local epochs, so it differs with the clients' sizes; the paper has one K.
-The paper's steps have no momentum; with momentum, (x - y_i) / (K eta_l) is not the mean gradient. Buffers have no
-gradients: they are averaged, and their control variates are zeros.
+Deviations: K is the number of steps in the protocol's local epochs, so it depends on the client's samples; the paper
+has one K for all. The paper's steps have no momentum; with momentum, (x - y_i) / (K eta_l) is not the mean gradient.
+Buffers have no gradients: they are averaged, and their control variates are zeros.
 """
 
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ class Scaffold(FedAvg):
         return Message(server)
 
     def local_update(self, client: Client, received: Message, state: State) -> tuple[Message, State]:
-        x, c, own = received["model"], received["control"], state["control"]
+        x, c, c_i = received["model"], received["control"], state["control"]
 
         def corrected(grads: Params, _: Params) -> Params:
-            return {name: grad - own[name] + c[name] for name, grad in grads.items()}
+            return {name: grad - c_i[name] + c[name] for name, grad in grads.items()}
 
         y = client.sgd(x, transform=corrected)
         path = client.protocol.steps(client.n) * client.protocol.lr
-        new = {name: own[name] - c[name] + (t - y[name]) / path for name, t in client.setup.trainable(x).items()}
-        change = {name: t - own[name] for name, t in new.items()}
-        return Message({"model": y, "control": change}), {"control": {**own, **new}}
+        new = {name: c_i[name] - c[name] + (t - y[name]) / path for name, t in client.setup.trainable(x).items()}
+        change = {name: t - c_i[name] for name, t in new.items()}
+        return Message({"model": y, "control": change}), {"control": {**c_i, **new}}
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
         share = len(uploads) / round.setup.clients
