@@ -1,6 +1,6 @@
-"""Records as tables, statistics and plots. Nothing here imports torch.
+"""Records as tables, statistics and plots. No module of this package imports torch.
 
-`load(path)` gives pandas DataFrames (docs/reports.md); `pflbench report` makes the rest.
+`load(path)` gives pandas DataFrames (docs/reports.md); `pflbench report` writes the tables, statistics and plots.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ __all__ = ["METRICS", "SELECTIONS", "Runs", "client_scores", "export", "load", "
 
 
 def __getattr__(name: str) -> Any:
-    """Import pandas only when it is asked for: drawing a partition does without."""
+    """Import pandas only when a name is used: the plot of a partition does not need it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import frames

@@ -16,7 +16,7 @@ from . import stats
 from .frames import COLUMNS, Runs, client_scores, in_order, scores, titles
 
 _PER_CLIENT = {"accuracy": "accuracy", "accuracy_mean": "accuracy", "global_accuracy": "global_accuracy"}
-"""Metrics that are means over clients, and the client's value: these can be compared client by client."""
+"""Metrics that are means over clients, with the name of the client's value: they can be compared client by client."""
 _ALWAYS = ("clients", "join_ratio", "rounds", "local_epochs", "batch_size", "lr", "model")
 
 
@@ -56,12 +56,12 @@ class AccuracyTable:
     notes: list[str]
 
     def row(self, method: str) -> list[Cell | None]:
-        """Return a method's cells, None where it has no run."""
+        """Return a method's cells, None for a setting without a run."""
         return [self.cells.get((method, setting)) for setting in self.columns]
 
 
 class Comparisons:
-    """Paired tests between the methods of each setting: over all pairs of the same seed and the same client."""
+    """Paired tests between the methods of each setting. A pair is the same client in two runs of the same seed."""
 
     def __init__(self, runs: Runs, metric: str, selection: str) -> None:
         self.possible = metric in _PER_CLIENT
@@ -74,18 +74,18 @@ class Comparisons:
     def _compare(self, setting: int, group: pd.DataFrame, values: pd.DataFrame) -> None:
         keys = group[[*SEEDS, "partition_fingerprint"]].map(str).agg(" ".join, axis=1)
         of = {
-            method: {key: values.loc[run].to_numpy() for key, run in zip(keys[own.index], own["run"], strict=True)}
-            for method, own in group.groupby("method")
+            method: {key: values.loc[run].to_numpy() for key, run in zip(keys[rows.index], rows["run"], strict=True)}
+            for method, rows in group.groupby("method")
         }
         for a, b in itertools.combinations(of, 2):
             common = [key for key in of[a] if key in of[b]]
             if common:
-                mine, others = (np.concatenate([of[m][key] for key in common]) for m in (a, b))
-                self._p[setting, str(a), str(b)] = stats.paired(mine, others)
-                self._p[setting, str(b), str(a)] = stats.paired(others, mine)
+                of_a, of_b = (np.concatenate([of[m][key] for key in common]) for m in (a, b))
+                self._p[setting, str(a), str(b)] = stats.paired(of_a, of_b)
+                self._p[setting, str(b), str(a)] = stats.paired(of_b, of_a)
 
     def better(self, setting: int, a: str, b: str) -> float | None:
-        """Return the p-value for `a` being better than `b`; None where there is nothing to test."""
+        """Return the p-value of the test that `a` is better than `b`; None if there is no test."""
         return self._p.get((setting, a, b))
 
 
@@ -97,8 +97,8 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
     for protocol, group in values.groupby("protocol"):
         columns = labels(runs, settings[settings["protocol"] == protocol])
         cells: dict[tuple[str, int], Cell] = {}
-        for (method, setting), own in group.groupby(["method", "setting"]):
-            found = own["score"].dropna()
+        for (method, setting), of_cell in group.groupby(["method", "setting"]):
+            found = of_cell["score"].dropna()
             if len(found):
                 std = float(found.std(ddof=1)) if len(found) > 1 else None
                 cells[str(method), int(str(setting))] = Cell(
@@ -121,14 +121,14 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
     """Mark the best method of each column, and those not significantly worse; return the notes on the marks."""
     incomplete = False
     for setting in columns:
-        own = {method: cell.mean for (method, s), cell in cells.items() if s == setting}
-        if len(own) < 2:
+        means = {method: cell.mean for (method, s), cell in cells.items() if s == setting}
+        if len(means) < 2:
             continue
-        best = best_of(metric, own)
-        for method, value in own.items():
-            if value == own[best]:
+        best = best_of(metric, means)
+        for method, value in means.items():
+            if value == means[best]:
                 cells[method, setting] = dataclasses.replace(cells[method, setting], mark="best")
-        p_values = {m: tests.better(setting, best, m) for m in own if own[m] != own[best]}
+        p_values = {m: tests.better(setting, best, m) for m in means if means[m] != means[best]}
         known = {m: p for m, p in p_values.items() if p is not None}
         incomplete |= tests.possible and len(known) < len(p_values)
         for method, p in stats.holm(known).items():
@@ -165,7 +165,7 @@ def _seeds(cells: Mapping[tuple[str, int], Cell]) -> list[str]:
 
 
 def _sources(runs: Runs, algos: Mapping[str, str]) -> list[str]:
-    """Return a note on the methods, of those in `algos`, whose runs have different sources."""
+    """Return a note on the methods in `algos` whose runs have different sources."""
     count = runs.runs.groupby("algo")["algorithm_fingerprint"].nunique()
     mixed = [algo for algo in {*algos.values()} if count[algo] > 1]
     if not mixed:
@@ -174,12 +174,12 @@ def _sources(runs: Runs, algos: Mapping[str, str]) -> list[str]:
     names = ", ".join(in_order(title[algo] for algo in mixed))
     return [
         f"Runs of {names} have different sources: the code of the method or of pflbench changed between them. Each "
-        "source has a row of its own, with the first six digits of its fingerprint. Nothing is averaged over sources."
+        "source has a separate row, with the first six digits of its fingerprint. Nothing is averaged over sources."
     ]
 
 
 def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
-    """Return (dataset, partition) of each setting, with the details that tell the settings apart."""
+    """Return (dataset, partition) of each setting, with the details that distinguish the settings."""
     data = runs.runs.groupby("setting")["data_fingerprint"].first()
 
     def label(row: "pd.Series[Any]") -> tuple[str, str]:
@@ -190,7 +190,7 @@ def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
         plain = RunSpec(partition=row["partition"]).normalised().balanced
         if row["partition"] in ("dirichlet", "iid", "pathological") and bool(row["balanced"]) != bool(plain):
             kind += ", balanced" if row["balanced"] else ", unbalanced"
-        return str(row["dataset"]).partition("@")[0], kind  # what follows is a hash, as `data` is
+        return str(row["dataset"]).partition("@")[0], kind  # a fingerprint follows the @, as in `data`
 
     found = {int(str(number)): label(row) for number, row in settings.iterrows()}
     for detail in ("min_samples", "data"):
@@ -220,7 +220,7 @@ def _plain(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Duels:
-    """Wins, ties and losses of each method against each other, over the settings in which both have runs."""
+    """Wins, ties and losses of each method against each other method, over the settings in which both have runs."""
 
     methods: list[str]
     counts: dict[tuple[str, str], tuple[int, int, int]]
@@ -232,7 +232,7 @@ class Duels:
 
 
 def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
-    """Return the matrix, or why there is none. A win or a loss is a difference that is significant at 5 %."""
+    """Return the matrix, or the reason why there is none. A win or a loss is a difference significant at 5 %."""
     if not tests.possible:
         return "Wins and losses need a metric that each client has."
     counts: dict[tuple[str, str], list[int]] = {}

@@ -16,9 +16,9 @@ _PARTS = ("fingerprints", "versions", "machine")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs between two runs, by name; their metrics; and the test of the clients' accuracies.
+    """The differences between two runs, by name; their metrics; and the test of the clients' accuracies.
 
-    `test` says why, where no test is made.
+    Without a test, `test` says why there is none.
     """
 
     runs: tuple[str, str]
@@ -28,7 +28,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, selection: str = "last") -> Comparison:
-    """Compare the records in folders `a` and `b`. Raises `UsageError` when one of them is no finished run."""
+    """Compare the records in folders `a` and `b`. Raises `UsageError` unless both are finished runs."""
     loaded = [load(path) for path in (a, b)]
     for path, found in zip((a, b), loaded, strict=True):
         if len(found.runs) != 1:

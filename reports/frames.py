@@ -1,4 +1,4 @@
-"""Records on disk as tidy tables. A record that cannot be used is left out, and named with the reason."""
+"""Records on disk as tidy tables. Records that cannot be used are left out, and listed with the reason."""
 
 import json
 from collections import Counter
@@ -21,10 +21,10 @@ SELECTIONS = {
     "best-test": "best round on the TEST data: an optimistic number, no fair comparison",
 }
 COLUMNS = ("dataset", "partition", "alpha", "classes_per_client", "balanced", "min_samples")
-"""Settings that a table shows as columns: runs that differ in them are of one protocol."""
+"""Settings that a table shows as columns: runs of one protocol may differ in them."""
 COSTS = ("bytes_up", "bytes_down", "seconds", "evaluation_seconds")
 TABLES = ("runs", "rounds", "evaluations", "clients")
-_NO_FOLDERS = ("tensorboard",)  # what pflbench itself puts beside the runs
+_NO_FOLDERS = ("tensorboard",)  # other folders that pflbench writes next to the runs
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Runs:
 
     `runs` has a row per run: `run` (its id), the `schema` of its record, every setting of its spec (`algo` is the
     method's id), `method` (the paper's name of the method, with its source and those hyperparameters in which runs of
-    the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the costs in all (`COSTS`), and
-    `path`. Runs of one `setting` differ in method, hyperparameters and seeds only; settings of one `protocol` differ in
-    dataset and partition.
+    the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the total costs (`COSTS`), and
+    `path`. Runs of one `setting` differ only in method, hyperparameters and seeds; settings of one `protocol` differ
+    only in dataset and partition.
     `rounds` has a row per round of training, `evaluations` one per evaluation, `clients` one per client and evaluation;
-    all name the `run`. Accuracies are fractions. `seconds` are of training in `runs` and `rounds`; in records of schema
-    1 they contain the evaluations, whose own seconds are unknown (NaN).
-    `left_out` has `path` and `reason` of each record that was found and not used.
+    all have the column `run`. Accuracies are fractions. In `runs` and `rounds`, `seconds` are of training; in records
+    of schema 1 they contain the evaluations, whose seconds are unknown (NaN).
+    `left_out` has `path` and `reason` of each record that was found but not used.
     """
 
     runs: pd.DataFrame
@@ -49,7 +49,7 @@ class Runs:
     left_out: pd.DataFrame
 
     def settings(self) -> "pd.DataFrame":
-        """Return a row for each setting, the index its number: what the runs of the setting have in common."""
+        """Return a row for each setting, indexed by its number, with the values that all its runs share."""
         return (
             self.runs.drop(columns=["method", *_no_setting(self.runs)])
             .drop_duplicates("setting")
@@ -61,8 +61,8 @@ class Runs:
 def load(*paths: Path | str) -> Runs:
     """Return the records in `paths`: run folders, or folders of them.
 
-    Two records of the same run are one run, unless they have different sources: then the second gets the first six
-    digits of its source's fingerprint behind its id, and both are used.
+    Only one of two records of the same run is used, unless they have different sources: then both are used, and the
+    first six digits of its source's fingerprint are appended to the second one's id.
     Raises `UsageError` when a path does not exist.
     """
     found: dict[str, tuple[Path, Contents]] = {}
@@ -82,7 +82,7 @@ def load(*paths: Path | str) -> Runs:
         else:
             found[name] = path, contents
     table = pd.DataFrame([_row(name, path, contents) for name, (path, contents) in found.items()])
-    # Each table is one frame made of many lists: a frame for each run would take longer than reading all records.
+    # Each table is made as one frame: a frame for each run would take longer than reading all records.
     rounds = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.rounds]
     evaluations = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.evaluations]
     none = schema.table([], schema.CLIENTS)
@@ -92,7 +92,7 @@ def load(*paths: Path | str) -> Runs:
         _with_settings(table) if len(table) else table,
         pd.DataFrame(rounds, columns=["run", *schema.ROUND]),
         pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION]).astype(
-            # Unknown values must not turn a column into one of objects.
+            # Unknown values must not change the type of a column to object.
             dict.fromkeys((*METRICS, "test_loss", *schema.TIMES), float) | dict.fromkeys(schema.PASSES, "Int64")
         ),
         clients,
@@ -101,7 +101,7 @@ def load(*paths: Path | str) -> Runs:
 
 
 def scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> "pd.Series[float]":
-    """Return `metric` of every run, by run id, selected by the rule `selection`. NaN where it is not defined.
+    """Return `metric` of every run, by run id, selected by the rule `selection`; NaN if it is not defined.
 
     Raises `UsageError` for an unknown name.
     """
@@ -120,14 +120,14 @@ def client_scores(runs: Runs, metric: str = "accuracy", selection: str = "last")
 
 
 def titles(algos: Iterable[str]) -> dict[str, str]:
-    """Return the paper's name of each method by its id. Where two methods share a name, the id stands behind it."""
+    """Return the paper's name of each method by its id. If methods share a name, their ids are appended."""
     found = {algo: registry.title(algo) for algo in algos}
     count = Counter(found.values())
     return {algo: title if count[title] == 1 else f"{title} ({algo})" for algo, title in found.items()}
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Return the names of methods in the order in which tables and plots show them: by the alphabet."""
+    """Return the names of methods in the order of tables and plots: alphabetical."""
     return sorted(methods, key=lambda method: (method.casefold(), method))
 
 
@@ -162,7 +162,7 @@ def _check(metric: str, selection: str) -> None:
 
 
 def _selected(runs: Runs, rows: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Return those of `rows` whose evaluations the rule `selection` selects."""
+    """Return the `rows` of the evaluations that the rule `selection` selects."""
     evaluations = runs.evaluations.sort_values(["run", "round"])
     groups = evaluations.groupby("run")
     if selection == "best-test":
@@ -183,11 +183,11 @@ def _folders(paths: Iterable[Path | str]) -> list[Path]:
 
 
 class _LeftOutError(Exception):
-    """Why a folder, or a record that can be read, is not used."""
+    """The reason why a folder, or a readable record, is not used."""
 
 
 def _finished(path: Path) -> Contents:
-    """Return what the record in folder `path` holds. Raises `RecordError` or `_LeftOutError` when it is not used."""
+    """Return the contents of the record in folder `path`. Raises `RecordError` or `_LeftOutError` if it is not used."""
     if path.suffix == ".partial":
         raise _LeftOutError("unfinished; `pflbench run --resume`, or its sweep, continues it")
     if path.suffix == ".old":
@@ -201,7 +201,7 @@ def _finished(path: Path) -> Contents:
 
 
 def _name(contents: Contents, found: dict[str, tuple[Path, Contents]]) -> str:
-    """Return the name of a run beside those `found`: its id, but for a second source of the same run."""
+    """Return a run's name among those `found`: its id, for a second source of the same run with six more digits."""
     run, source = contents.run["id"], contents.run["fingerprints"]["algorithm"]
     if run in found and found[run][1].run["fingerprints"]["algorithm"] != source:
         return f"{run}-{source[:6]}"
@@ -210,7 +210,8 @@ def _name(contents: Contents, found: dict[str, tuple[Path, Contents]]) -> str:
 
 def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
     run = contents.run
-    fingerprints = {"partition": run["fingerprints"]["data"], **run["fingerprints"]}  # of own data: one for both
+    # With the user's federation, one fingerprint covers both data and partition.
+    fingerprints = {"partition": run["fingerprints"]["data"], **run["fingerprints"]}
     evaluating = [row["seconds"] for row in contents.evaluations]
     return {
         "run": name,
@@ -226,9 +227,9 @@ def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
 
 def _no_setting(table: pd.DataFrame) -> list[str]:
     """Return the columns of `Runs.runs` in which runs of one setting may differ."""
-    apart = ("run", "schema", "algo", "hyperparameters", "path", *SEEDS, *COSTS)
+    excluded = ("run", "schema", "algo", "hyperparameters", "path", *SEEDS, *COSTS)
     found = [str(column) for column in table]
-    return [c for c in found if c in apart or c.endswith(("_fingerprint", "_version"))]
+    return [c for c in found if c in excluded or c.endswith(("_fingerprint", "_version"))]
 
 
 def _with_settings(table: pd.DataFrame) -> pd.DataFrame:
@@ -246,7 +247,7 @@ def _with_settings(table: pd.DataFrame) -> pd.DataFrame:
 def _methods(table: pd.DataFrame) -> "pd.Series[str]":
     """Return the name of each run's method.
 
-    It tells runs of different hyperparameters apart, and runs of different sources: nothing is averaged over them.
+    Runs of different hyperparameters or different sources get different names, so nothing is averaged over them.
     """
     title = titles(table["algo"].unique())
     varying: dict[str, list[str]] = {}

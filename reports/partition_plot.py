@@ -1,4 +1,4 @@
-"""The picture of a partition: which client holds how many samples of which class."""
+"""The plot of a partition: the number of samples of each client in each class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Beyond this, bubbles would touch or vanish: a heat map shows more.
+# Above these limits, bubbles would touch or be too small to see, so a heat map is drawn.
 _MAX_BUBBLE_CLIENTS = 50
 _MAX_BUBBLE_CLASSES = 30
 _MAX_NAMED_CLASSES = 30
@@ -20,21 +20,21 @@ _BLUE = "#0072b2"  # of Okabe and Ito's palette for all kinds of colour vision
 
 
 def draw(counts: npt.NDArray[np.int64], class_names: Sequence[str], title: str, paths: Sequence[Path]) -> None:
-    """Draw `figure` into each of `paths`, whose suffixes (.png, .svg) say the format. Equal input gives equal bytes."""
+    """Write `figure` to each of `paths`, in the format of its suffix (.png, .svg). Equal input gives equal bytes."""
     import matplotlib as mpl
 
     made = figure(counts, class_names, title)
     for path in paths:
-        # Without these two, matplotlib writes random ids and the time into an SVG.
+        # Without the salt and the date, matplotlib writes random ids and the time into an SVG.
         with mpl.rc_context({"svg.hashsalt": "pflbench"}):
             made.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def figure(counts: npt.NDArray[np.int64], class_names: Sequence[str], title: str) -> "Figure":
-    """Return the picture of `counts` (samples, [clients, classes]).
+    """Return the plot of `counts` (samples, [clients, classes]).
 
-    Clients are on the x axis, classes on the y axis. Up to 50 clients and 30 classes are bubbles whose areas are in
-    proportion to the counts, more are a heat map.
+    Clients are on the x axis, classes on the y axis. For up to 50 clients and 30 classes, it has bubbles whose areas
+    are in proportion to the counts; for more, it is a heat map.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -60,7 +60,7 @@ def figure(counts: npt.NDArray[np.int64], class_names: Sequence[str], title: str
 
 
 def _bubbles(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> None:
-    # Areas in square points (1/72 inch): the largest bubble just fits its cell, the smallest can still be seen.
+    # Areas in square points (1/72 inch): the largest bubble just fits its cell, the smallest is still visible.
     largest, smallest = 17.0**2, 4.0
     x, y = np.nonzero(counts)
     areas = np.maximum(largest * counts[x, y] / counts.max(), smallest)
@@ -76,7 +76,7 @@ def _bubbles(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> N
 def _heat_map(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> None:
     from matplotlib.colors import LogNorm
 
-    # Logarithmic, since a skewed partition has cells of 1 and of 1,000; cells without samples stay white.
+    # Logarithmic, because a skewed partition has cells of 1 and of 1,000; cells without samples are white.
     held = np.ma.masked_equal(counts.T, 0)
     image = axes.imshow(
         held, aspect="auto", interpolation="nearest", cmap="viridis_r", norm=LogNorm(1, max(int(counts.max()), 2))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .stats import Ranks
 
-# Okabe and Ito's palette for all kinds of colour vision, without yellow, which is too light for lines.
+# Okabe and Ito's palette for all kinds of colour vision, without yellow, because it is too light for lines.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -43,10 +43,10 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
 
 
 def curves(runs: Runs) -> pd.DataFrame:
-    """Return the evaluations of all runs with what the runs had cost up to then.
+    """Return the evaluations of all runs with the costs of each run before each evaluation.
 
-    `megabytes` and `elapsed` (seconds) are those of the training rounds, `evaluating` are the seconds of the
-    evaluations.
+    `megabytes` and `elapsed` (seconds) are the costs of training, `evaluating` has the seconds of the evaluations, this
+    one included.
     """
     rounds = runs.rounds.sort_values(["run", "round"])
     sums = rounds.assign(bytes=rounds["bytes_up"] + rounds["bytes_down"]).groupby("run")[["bytes", "seconds"]].cumsum()
@@ -61,23 +61,23 @@ def curves(runs: Runs) -> pd.DataFrame:
 def learning(data: pd.DataFrame, style: dict[str, Style], title: str, time: str = "seconds of training") -> "Figure":
     """Draw accuracy against rounds, megabytes and seconds for one setting: means over seeds, with their range.
 
-    `time` says what the seconds are.
+    `time` is the label of the seconds.
     """
     from matplotlib.figure import Figure
 
-    # The layout is fixed, since matplotlib's own layout takes longest on three panels and a legend.
+    # The layout is fixed: an automatic layout of three panels and a legend would take most of the time.
     width, height = 10.5, 3.4
     legend = 0.6 + 0.075 * max(len(str(method)) for method in data["method"])
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left=0.055, right=1 - (legend + 0.15) / width, bottom=0.15, top=0.9, wspace=0.12)
-    ends = (("round", "round"), ("megabytes", "megabytes sent, up and down"), ("elapsed", time))
+    ends = (("round", "round"), ("megabytes", "megabytes of uploads and downloads"), ("elapsed", time))
     panels = figure.subplots(1, 3, sharey=True)
-    for method, own in _groups(data, style):
+    for method, rows in _groups(data, style):
         look = style[method]
-        seeds = 100 * own.pivot(index="round", columns="run", values="accuracy").dropna()  # evaluated in all runs
+        seeds = 100 * rows.pivot(index="round", columns="run", values="accuracy").dropna()  # evaluated in all runs
         low, mean, high = seeds.min(axis=1), seeds.mean(axis=1), seeds.max(axis=1)
         for axes, (column, _) in zip(panels, ends, strict=True):
-            x = own.groupby("round")[column].mean()[seeds.index]
+            x = rows.groupby("round")[column].mean()[seeds.index]
             axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=method)
             if seeds.shape[1] > 1:
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
@@ -93,7 +93,7 @@ def learning(data: pd.DataFrame, style: dict[str, Style], title: str, time: str 
 
 def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each method in `data` with its rows, in the order of `style`."""
-    groups = {str(method): own for method, own in data.groupby("method")}
+    groups = {str(method): rows for method, rows in data.groupby("method")}
     for method in style:
         if method in groups:
             yield method, groups[method]
@@ -121,10 +121,10 @@ def against_alpha(points: pd.DataFrame, style: dict[str, Style], title: str) -> 
     """Draw `points` (method, alpha, mean, std; fractions) of one dataset and protocol: accuracy against alpha."""
     figure = _figure(6.2, 3.6)
     axes = figure.subplots()
-    for method, own in _groups(points.sort_values("alpha"), style):
+    for method, rows in _groups(points.sort_values("alpha"), style):
         look = style[method]
         axes.errorbar(
-            own["alpha"], 100 * own["mean"], yerr=None if own["std"].isna().any() else 100 * own["std"],
+            rows["alpha"], 100 * rows["mean"], yerr=None if rows["std"].isna().any() else 100 * rows["std"],
             color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=4, capsize=2, linewidth=1.3,
             label=method,
         )  # fmt: skip
@@ -172,13 +172,13 @@ def critical_difference(found: "Ranks", groups: Sequence[tuple[str, str]], title
 
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
-    """Write a figure as PNG, for pages, and PDF, for papers, with equal bytes for equal data."""
+    """Write a figure as PNG, for web pages, and as PDF, for papers. Equal data gives equal bytes."""
     import matplotlib as mpl
 
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()  # one layout for both files
         figure.set_layout_engine("none")
-    # Whole fonts, which editors can read. matplotlib takes the setting of PostScript for PDF files, too.
+    # TrueType fonts, which editors can read. For PDF files, matplotlib also uses the setting of PostScript.
     with mpl.rc_context({"pdf.fonttype": 42, "ps.fonttype": 42}):
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def heading(table: AccuracyTable) -> str:
-    """Return what the numbers of a table are."""
+    """Return the heading that says what the numbers of a table are."""
     text = f"{METRICS[table.metric]}; {SELECTIONS[table.selection]}; in percent"
     return text[0].upper() + text[1:]
 
@@ -44,7 +44,7 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 
 
 def tex(text: str) -> str:
-    """Return `text` with the characters escaped that mean something else to LaTeX."""
+    """Return `text` with LaTeX's special characters escaped."""
     return "".join(_TEX.get(char, char) for char in text)
 
 

@@ -1,4 +1,4 @@
-"""The report on some runs: what it says, and the files of its folder."""
+"""The report on runs: its contents, and the files of its folder."""
 
 import base64
 import shutil
@@ -28,7 +28,7 @@ _SHARE = 0.9
 
 @dataclass(frozen=True)
 class Report:
-    """What a report says. `ranks` and `duels` are by protocol: nothing is averaged over protocols."""
+    """The contents of a report. `ranks` and `duels` are by protocol: nothing is averaged over protocols."""
 
     runs: Runs
     metric: str
@@ -39,7 +39,7 @@ class Report:
     targets: dict[int, tuple[float, str, pd.DataFrame]]
     """By setting: the accuracy, a note on it, and a row per method with its mean costs over the seeds that reach it.
 
-    Costs are NaN where no seed reaches it, and where a run's record does not have them.
+    Costs are NaN if no seed reaches it, or if a run's record does not have them.
     """
 
 
@@ -68,14 +68,14 @@ def _ranks(table: AccuracyTable) -> stats.Ranks | str:
 
 def _targets(runs: Runs, target: float | None) -> dict[int, tuple[float, str, pd.DataFrame]]:
     out = {}
-    for setting, own in plots.curves(runs).groupby("setting"):
+    for setting, curves in plots.curves(runs).groupby("setting"):
         wanted, why = target, "You set this accuracy with --target."
         if wanted is None:
-            last = own.sort_values("round").groupby(["method", "run"])["accuracy"].last().groupby("method").mean()
+            last = curves.sort_values("round").groupby(["method", "run"])["accuracy"].last().groupby("method").mean()
             wanted = _SHARE * float(last.max())
             share = f"{100 * _SHARE:.0f} %"
             why = f"This is {share} of the best method's accuracy after the last round. --target sets another."
-        groups = {str(method): group for method, group in own.groupby("method")}
+        groups = {str(method): group for method, group in curves.groupby("method")}
         lines = []
         for method in in_order(groups):
             reached = [stats.costs_to(curve, wanted) for _, curve in groups[method].groupby("run")]
@@ -87,27 +87,27 @@ def _targets(runs: Runs, target: float | None) -> dict[int, tuple[float, str, pd
 
 
 def _time(runs: Runs, setting: int) -> str:
-    """Return what the seconds of a setting's runs are."""
-    own = runs.runs[runs.runs["setting"] == setting]
-    old = int((own["schema"] == 1).sum())
+    """Return a note on the seconds of a setting's runs."""
+    rows = runs.runs[runs.runs["setting"] == setting]
+    old = int((rows["schema"] == 1).sum())
     text = (
-        "Seconds of training leave out the evaluations. A method that fine-tunes before it is evaluated does so in the "
-        "seconds of evaluation."
+        "Seconds of training do not contain the evaluations. If a method fine-tunes before its evaluation, the seconds "
+        "of evaluation contain the fine-tuning."
     )
     if old:
         text += (
-            f" In records of schema 1 (here {old} of {len(own)} runs) seconds of training contain the evaluations, and "
-            "seconds of evaluation are unknown."
+            f" In records of schema 1 (here {old} of {len(rows)} runs) seconds of training contain the evaluations, "
+            "and seconds of evaluation are unknown."
         )
     return text
 
 
 def write(report: Report, out: Path, *, workers: int = 1) -> list[Path]:
-    """Write the report into folder `out`, in place of an older report, and return its main files.
+    """Write the report to folder `out`, replace an older report there, and return the main files.
 
     report.html holds everything. The tables are in accuracy.md, accuracy.tex and accuracy.csv (accuracy-<protocol>.md
     and .tex where there are several protocols), the plots in plots/.
-    Raises `UsageError` when `out` holds anything else than a report.
+    Raises `UsageError` when `out` contains something other than a report.
     """
     if out.exists() and not (out.is_dir() and ((out / "report.html").exists() or not any(out.iterdir()))):
         raise UsageError(f"out: {out} exists and is no report; choose another --out")
@@ -141,23 +141,23 @@ def _plots(report: Report) -> list[Job]:
     runs = report.runs
     style = plots.styles(in_order(runs.runs["method"].unique()))
     curves = plots.curves(runs)
-    whole = report.metric == "global_accuracy"
-    of_clients = client_scores(runs, "global_accuracy" if whole else "accuracy", report.selection)
+    metric = "global_accuracy" if report.metric == "global_accuracy" else "accuracy"
+    of_clients = client_scores(runs, metric, report.selection)
     jobs: list[Job] = []
     for table in report.tables:
         for setting, (dataset, kind) in table.columns.items():
-            own = runs.runs[runs.runs["setting"] == setting]
+            rows = runs.runs[runs.runs["setting"] == setting]
             title = f"{dataset}, {kind}"
-            # Seconds of records of schema 1 contain the evaluations, so a plot of any such record must say so.
-            time = "seconds of training" if (own["schema"] > 1).all() else "seconds, with evaluations in some runs"
+            # The seconds in records of schema 1 contain the evaluations, so a plot of such a record must say so.
+            time = "seconds of training" if (rows["schema"] > 1).all() else "seconds, with evaluations in some runs"
             lines = curves[curves["setting"] == setting]
             jobs.append((f"learning-{setting}", plots.learning, (lines, style, title, time)))
             values = {
-                method: of_clients.loc[list(own.loc[own["method"] == method, "run"])].to_numpy(float).ravel()
-                for method in in_order(own["method"].unique())
+                method: of_clients.loc[list(rows.loc[rows["method"] == method, "run"])].to_numpy(float).ravel()
+                for method in in_order(rows["method"].unique())
             }
             jobs.append((f"clients-{setting}", plots.clients, (values, style, title)))
-            first = own.sort_values("seed").iloc[0]
+            first = rows.sort_values("seed").iloc[0]
             jobs.append((f"partition-{setting}", _partition, (Path(first["path"]), f"{title}, seed {first['seed']}")))
         for i, (dataset, points) in enumerate(_alphas(report, table).items()):
             if points["alpha"].nunique() > 1:

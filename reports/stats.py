@@ -1,4 +1,4 @@
-"""The statistics of a report: intervals, tests, ranks. Each says when there are too few runs for it."""
+"""The statistics of a report: intervals, tests, ranks. Each function says when it has too few runs."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from scipy import stats
 
 LEVEL = 0.05
 FEWEST_SEEDS = 3
-"""For a confidence interval: with two, Student's t makes it 9 times as wide as the difference between the two."""
+"""For a confidence interval: with two seeds, Student's t makes it 9 times as wide as the difference between the two."""
 FEWEST_PAIRS = 6
 """For Wilcoxon's test: with fewer pairs that differ, no outcome is significant."""
 FEWEST_SETTINGS = 5
@@ -41,7 +41,7 @@ def paired(a: Array, b: Array) -> float | None:
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Return Holm's adjusted p-values. They bound the chance that any of the differences is false."""
+    """Return Holm's adjusted p-values. They bound the probability that any of the differences is false."""
     out, highest = {}, 0.0
     for i, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - i) * p_values[name]))
@@ -67,17 +67,17 @@ def ranks(scores: pd.DataFrame, *, higher_is_better: bool = True) -> Ranks | str
 
     A setting counts only if every method has a score in it.
     """
-    whole = scores.dropna()
-    n, k = whole.shape
+    complete = scores.dropna()
+    n, k = complete.shape
     if k < FEWEST_METHODS or n < FEWEST_SETTINGS:
         return (
             f"Average ranks need at least {FEWEST_METHODS} methods, and {FEWEST_SETTINGS} settings that all of them "
             f"ran. This table has {k} methods and {n} such settings."
         )
-    each = whole.rank(axis=1, ascending=not higher_is_better)
+    each = complete.rank(axis=1, ascending=not higher_is_better)
     if (each.nunique(axis=1) == 1).all():
         return "All methods are tied in all settings."
-    p_value = float(stats.friedmanchisquare(*(whole[method] for method in whole)).pvalue)
+    p_value = float(stats.friedmanchisquare(*(complete[method] for method in complete)).pvalue)
     q = float(stats.studentized_range.ppf(1 - LEVEL, k, np.inf)) / math.sqrt(2)
     return Ranks(each.mean().sort_values(), n, p_value, q * math.sqrt(k * (k + 1) / (6 * n)))
 
@@ -94,7 +94,7 @@ def cliques(found: Ranks) -> list[tuple[str, str]]:
 
 
 def costs_to(curve: pd.DataFrame, target: float) -> "pd.Series[float] | None":
-    """Return the costs up to the first evaluation of the run's `curve` that reaches `target`; None if none does.
+    """Return the costs until the first evaluation of the run's `curve` that reaches `target`; None if none does.
 
     They are the round, megabytes, seconds of training (`elapsed`) and seconds of evaluation (`evaluating`).
     """

@@ -141,7 +141,7 @@ def test_seconds_to_a_target_count_the_training_alone(write, tmp_path):
     row = found.iloc[0]
     assert row["elapsed"] == 0.5 * row["round"]
     assert row["evaluating"] == 0.25 * row["round"]
-    assert "Seconds of training leave out the evaluations." in why
+    assert "Seconds of training do not contain the evaluations." in why
     assert "schema 1" not in why
     write(tmp_path / "old", "fedas", spread=0.0, kind=1)
     write(tmp_path / "old", "fedper", spread=0.0)
