@@ -1,4 +1,4 @@
-"""Tox's smoke environments: `smoke-<method>-alpha<digits>` for every method, such as `smoke-per-fedavg-alpha001`."""
+"""Smoke environments of tox: `smoke-<method>-alpha<digits>` for every method, such as `smoke-per-fedavg-alpha001`."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Where images come from: `resolve` turns what the user typed into a canonical name, `load` reads that.
+"""Datasets: `resolve` turns the user's name of a dataset into its canonical name, `load` reads that dataset.
 
-The loaders are imported when they are needed: `pflbench --help` pays for none of them.
+The loaders are imported when they are used, so `pflbench --help` imports none of them.
 """
 
 import os
@@ -22,7 +22,7 @@ DATASETS = {
     "fashion-mnist": "Fashion-MNIST: 70,000 grey images of 28x28 in 10 classes (Xiao et al., 2017)",
     "synthetic10": "12,000 generated colour images of 32x32 in 10 classes, needs no download",
     "synthetic100": "24,000 generated colour images of 32x32 in 100 classes, needs no download",
-    "folder:PATH": "your own images: PATH/train/<class>/* and PATH/test/<class>/*, all of one size",
+    "folder:PATH": "your images: PATH/train/<class>/* and PATH/test/<class>/*, all of one size",
 }
 
 
@@ -33,11 +33,11 @@ def default_data_dir() -> Path:
 
 
 def resolve(name: str, data_dir: Path, *, notice: Callable[[str], None], download: bool = True) -> str:
-    """Return the canonical name of the dataset that `name` stands for, the only form that `load` takes.
+    """Return the canonical name of dataset `name`, the only form that `load` takes.
 
-    `auto` becomes `cifar10`, which it downloads if it has to, or `synthetic10`, of which it tells through `notice` (one
-    line); `download=False` only looks whether the download would be possible. `folder:PATH` is read, cached in
-    `data_dir` and becomes `folder:<last part of PATH>@<content hash>`. Every other name stands for itself.
+    `auto` becomes `cifar10`, which is downloaded if necessary, or else `synthetic10`, with a line to `notice`. With
+    `download=False` the function only checks whether the download would be possible. `folder:PATH` is read, cached in
+    `data_dir` and becomes `folder:<last part of PATH>@<fingerprint>`. Every other name is already canonical.
 
     Raises `UsageError` for an unknown name and for an image tree that cannot be used.
     """
@@ -55,7 +55,7 @@ def resolve(name: str, data_dir: Path, *, notice: Callable[[str], None], downloa
 def load(name: str, data_dir: Path) -> "Dataset":
     """Return the dataset of a canonical `name` (see `resolve`); CIFAR and Fashion-MNIST are downloaded if missing.
 
-    Raises `UsageError` where the files are missing and cannot be downloaded, or are damaged.
+    Raises `UsageError` when the files are missing and cannot be downloaded, or are damaged.
     """
     if name in ("cifar10", "cifar100"):
         from . import cifar

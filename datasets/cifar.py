@@ -15,9 +15,9 @@ _STAND_INS = {"cifar10": "synthetic10", "cifar100": "synthetic100"}
 
 
 def ensure(name: str, data_dir: Path, *, download: bool = True) -> Path:
-    """Return the folder of `name` ("cifar10", "cifar100") in `data_dir`, downloading it if it is not there.
+    """Return the folder of `name` ("cifar10", "cifar100") in `data_dir`; download it if it is missing.
 
-    With `download=False` a missing folder is only asked for, not fetched. Raises `DownloadError`.
+    With `download=False` the function only checks whether a missing folder could be downloaded. Raises `DownloadError`.
     """
     source = _source(name)
     folder = data_dir / str(source.base_folder)
@@ -32,7 +32,7 @@ def ensure(name: str, data_dir: Path, *, download: bool = True) -> Path:
 def load(name: str, data_dir: Path) -> Dataset:
     """Return `name` ("cifar10", "cifar100") from `data_dir`: images [60000, 32, 32, 3], 50,000 of them for training.
 
-    Raises `UsageError` where it is missing and cannot be downloaded, or its files fail torchvision's checksums.
+    Raises `UsageError` when it is missing and cannot be downloaded, or its files fail torchvision's checksums.
     """
     source = _source(name)
     try:
@@ -50,7 +50,7 @@ def load(name: str, data_dir: Path) -> Dataset:
             f"{source.filename} into {data_dir} again"
         ) from error
     except OSError as error:
-        raise UsageError(f"{folder} cannot be read ({error.strerror}): mend its permissions") from error
+        raise UsageError(f"{folder} cannot be read ({error.strerror}): correct its permissions") from error
     return Dataset(
         name=name,
         classes=tuple(train.classes),

@@ -1,4 +1,4 @@
-"""The one shape in which every source hands over its images."""
+"""The common form of all datasets."""
 
 import hashlib
 from dataclasses import dataclass

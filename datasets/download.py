@@ -1,4 +1,4 @@
-"""Downloads through torchvision that end: in a complete folder, or in an error and nothing left behind."""
+"""Downloads through torchvision. Each ends with a complete folder, or with an error and no files."""
 
 import contextlib
 import http.client
@@ -20,22 +20,22 @@ _FAILURES = (OSError, RuntimeError, EOFError, ValueError, tarfile.TarError, zlib
 
 
 class DownloadError(Exception):
-    """A download that did not work; the message is the reason, one line without a full stop."""
+    """A failed download; the message is the reason, one line without a full stop."""
 
 
 def probe(url: str) -> None:
-    """Return if `url` answers within `PROBE_SECONDS`, else raise `DownloadError`."""
+    """Raise `DownloadError` unless `url` answers within `PROBE_SECONDS`."""
     reasons: list[str] = ["no answer"]
 
     def ask() -> None:
         try:
-            # A plain GET, closed unread: it honours proxies, and some servers refuse HEAD.
-            with urllib.request.urlopen(url, timeout=PROBE_SECONDS):  # noqa: S310 (torchvision's own addresses)
+            # A plain GET, whose body is not read: it uses proxies, and some servers refuse HEAD.
+            with urllib.request.urlopen(url, timeout=PROBE_SECONDS):  # noqa: S310 (the addresses are torchvision's)
                 reasons.clear()
         except _FAILURES as error:
             reasons[:] = [_reason(error)]
 
-    # In a thread because no time-out covers the name look-up, which can hang for minutes on a broken network.
+    # A thread, because no time-out covers the name look-up, which can hang for minutes on a broken network.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -46,13 +46,13 @@ def probe(url: str) -> None:
 def fetch(source: Callable[..., object], url: str, data_dir: Path, folder: str) -> None:
     """Let the torchvision dataset class `source` download itself, and put its `folder` into `data_dir`.
 
-    `url` is asked first, so that a machine without network knows within seconds. The folder appears complete and
+    `url` is probed first, so that a machine without network fails within seconds. The folder appears complete and
     checked, by one rename, or not at all. Two processes may do this at once. Raises `DownloadError`.
     """
     probe(url)
     try:
         with files.scratch(data_dir / folder) as scratch:
-            # torchvision prints to stdout in some versions; stdout belongs to our own tables.
+            # Some versions of torchvision print to stdout, which is for our tables only.
             with _socket_timeout(READ_SECONDS), contextlib.redirect_stdout(sys.stderr):
                 source(root=str(scratch), download=True)
             files.place(scratch / folder, data_dir / folder)
@@ -62,7 +62,7 @@ def fetch(source: Callable[..., object], url: str, data_dir: Path, folder: str) 
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    # torchvision offers no time-out of its own. It covers each connect and each read, not the whole download.
+    # torchvision has no time-out. This one covers each connect and each read, not the complete download.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -72,6 +72,6 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    # URLError wraps the error that says something.
+    # URLError wraps the error that has the real reason.
     reason = getattr(error, "reason", None) or error
     return " ".join(str(reason).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from pflbench.errors import UsageError
 from .dataset import Dataset
 from .download import DownloadError, fetch
 
-# Where Debian's and Ubuntu's package dataset-fashion-mnist puts the four files.
+# The folder of Debian's and Ubuntu's package dataset-fashion-mnist, with the four files.
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 
 _CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -26,10 +26,10 @@ def load(data_dir: Path) -> Dataset:
     """Return Fashion-MNIST: images [70000, 28, 28, 1], 60,000 of them for training.
 
     It is read from `data_dir`/FashionMNIST/raw (torchvision's layout, packed or not), else from `SYSTEM_DIR`, else
-    downloaded. Raises `UsageError` where it is missing and cannot be downloaded, or its files are damaged.
+    downloaded. Raises `UsageError` when it is missing and cannot be downloaded, or its files are damaged.
     """
     folder = _folder(data_dir)
-    # Debian compresses the same content again: torchvision's checksums of the packed files hold only in its own layout.
+    # Debian compresses the same content again, so torchvision's checksums of the packed files do not hold there.
     checksums = {} if folder == SYSTEM_DIR else dict(_source().resources)
     images, labels = [], []
     for part in _PARTS:
@@ -50,9 +50,9 @@ def load(data_dir: Path) -> Dataset:
 
 
 def _folder(data_dir: Path) -> Path:
-    own = data_dir / "FashionMNIST" / "raw"
-    if own.exists():
-        return own
+    raw = data_dir / "FashionMNIST" / "raw"
+    if raw.exists():
+        return raw
     if SYSTEM_DIR.exists():
         return SYSTEM_DIR
     source = _source()
@@ -60,14 +60,14 @@ def _folder(data_dir: Path) -> Path:
         fetch(source, source.mirrors[0] + source.resources[0][0], data_dir, "FashionMNIST")
     except DownloadError as reason:
         raise UsageError(
-            f"Fashion-MNIST is neither in {own} nor in {SYSTEM_DIR} and cannot be downloaded ({reason}): put its four "
+            f"Fashion-MNIST is neither in {raw} nor in {SYSTEM_DIR} and cannot be downloaded ({reason}): put its four "
             "idx-ubyte.gz files into one of them (apt install dataset-fashion-mnist) or choose --dataset synthetic10"
         ) from reason
-    return own
+    return raw
 
 
 def _idx(folder: Path, name: str, dimensions: int, checksums: dict[str, str]) -> npt.NDArray[np.uint8]:
-    """Return one IDX file of unsigned bytes, `name`.gz if it is there, else `name`."""
+    """Return one IDX file of unsigned bytes: `name`.gz if it exists, else `name`."""
     path = folder / f"{name}.gz"
     try:
         if path.exists():

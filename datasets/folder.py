@@ -1,4 +1,4 @@
-"""Anybody's image tree: PATH/train/<class>/* and PATH/test/<class>/*, decoded once and cached by content."""
+"""Image trees: PATH/train/<class>/* and PATH/test/<class>/*, decoded once and cached by their fingerprint."""
 
 import hashlib
 import os
@@ -20,10 +20,11 @@ _CANONICAL = re.compile(r"(?P<name>[^/\\]+)@(?P<key>[0-9a-f]{12})")
 
 
 def resolve(path_or_name: str, data_dir: Path) -> str:
-    """Return `folder:<last part of the path>@<12 hex of the content hash>` for an image tree, having cached it.
+    """Cache an image tree, and return its name `folder:<last part of the path>@<12 hex digits of its fingerprint>`.
 
-    Takes a path, or the `<name>@<hash>` of a tree that `data_dir` holds already. The hash covers the relative paths and
-    the bytes of all image files. Hidden files and files without an image suffix are left out. Raises `UsageError`.
+    Takes a path, or the `<name>@<fingerprint>` of a tree that `data_dir` already holds. The fingerprint covers the
+    relative paths and the bytes of all image files. Hidden files and files without an image suffix are ignored.
+    Raises `UsageError`.
     """
     root = Path(path_or_name).expanduser()
     known = _CANONICAL.fullmatch(path_or_name)
@@ -39,7 +40,7 @@ def resolve(path_or_name: str, data_dir: Path) -> str:
 
 
 def load(name: str, data_dir: Path) -> Dataset:
-    """Return the cached image tree `name`, as `resolve` named it; grey trees have one channel, others three (RGB).
+    """Return the cached image tree `name`, as returned by `resolve`; grey trees have one channel, others three (RGB).
 
     Raises `UsageError` if `data_dir` does not hold it.
     """
@@ -49,7 +50,7 @@ def load(name: str, data_dir: Path) -> Dataset:
     cache = _cache(data_dir, known["key"])
     found = _read(cache)
     if found is None:
-        raise UsageError(f"dataset {name!r} is not in {cache.parent} or damaged there; give its path as folder:PATH")
+        raise UsageError(f"dataset {name!r} is missing or damaged in {cache.parent}; give its path as folder:PATH")
     images, labels, n_train, classes = found
     return Dataset(name=name, classes=classes, images=images, labels=labels, n_train=n_train)
 
@@ -62,11 +63,11 @@ def _cache(data_dir: Path, key: str) -> Path:
 
 
 def _read(cache: Path) -> _Decoded | None:
-    # Not packed, so fast; the zip format's checksums tell a damaged file from a good one.
+    # The file is not compressed, so reading is fast; the checksums of the zip format detect damage.
     try:
-        with np.load(cache, allow_pickle=False) as held:
-            classes = tuple(str(name) for name in held["classes"])
-            return held["images"], held["labels"], int(held["n_train"]), classes
+        with np.load(cache, allow_pickle=False) as cached:
+            classes = tuple(str(name) for name in cached["classes"])
+            return cached["images"], cached["labels"], int(cached["n_train"]), classes
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
 
@@ -87,7 +88,7 @@ def _files(root: Path) -> list[Path]:
     """Return all image files below `root`, sorted by part and relative path."""
     from PIL import Image
 
-    # The common formats first: otherwise each image is offered to dozens of rare decoders in alphabetical order.
+    # Load the common formats first: otherwise Pillow tries dozens of rare decoders, in alphabetical order.
     Image.preinit()
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
@@ -121,14 +122,14 @@ def _visible(folder: Path) -> Iterator[Path]:
     try:
         return iter(sorted(path for path in folder.iterdir() if not path.name.startswith(".")))
     except OSError as error:
-        raise UsageError(f"cannot read {folder} ({error.strerror}): mend its permissions") from error
+        raise UsageError(f"cannot read {folder} ({error.strerror}): correct its permissions") from error
 
 
 def _content_hash(root: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         data = _bytes(path)
-        # Name and length before the content: no two trees share one stream of bytes.
+        # Name and length come before the content, so two different trees never give the same bytes.
         digest.update(os.fsencode(path.relative_to(root).as_posix()) + b"\0" + len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()[:12]
@@ -138,7 +139,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}): mend or remove it") from error
+        raise UsageError(f"cannot read {path} ({error.strerror}): repair or remove it") from error
 
 
 def _decode(files: list[Path]) -> _Decoded:
@@ -149,7 +150,7 @@ def _decode(files: list[Path]) -> _Decoded:
             sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (arrays[-1], arrays[0])]
             raise UsageError(f"{path} is {sizes[0]} but {files[0]} is {sizes[1]}; all images must have one size")
     channels = max(array.shape[2] for array in arrays)
-    # One colour image makes the tree colour: the grey ones among them get three equal channels.
+    # If one image has colour, grey images get three equal channels.
     images = np.stack([np.broadcast_to(array, (*array.shape[:2], channels)) for array in arrays])
     names = [path.parent.name for path in files]
     classes = tuple(sorted(set(names)))
@@ -165,9 +166,9 @@ def _image(path: Path) -> npt.NDArray[np.uint8]:
         with Image.open(path) as image:
             mode = image.mode
             array = np.asarray(image.convert("L" if mode in ("1", "L") else "RGB"))
-    except Exception as error:  # whatever a decoder of a broken file throws: Pillow has no common base class
-        raise UsageError(f"{path} is not a readable image ({type(error).__name__}): mend or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many types of errors, without a common base class
+        raise UsageError(f"{path} is not a readable image ({type(error).__name__}): repair or remove it") from error
     if mode.startswith(("I", "F")):
-        # Pillow would clip 16- and 32-bit values at 255 without a word.
+        # Pillow would silently clip 16- and 32-bit values at 255.
         raise UsageError(f"{path} has more than 8 bits a channel (mode {mode}): convert it to 8 bits")
     return array if array.ndim == 3 else array[..., np.newaxis]

@@ -1,7 +1,7 @@
-"""How a dataset's samples are dealt out to clients.
+"""Partitioners: they distribute a dataset's samples to the clients.
 
-Every partitioner first decides how many samples of which class each client gets, then the samples are dealt out at
-random. All randomness comes from `pflbench.rng.rng(seed, "partition", ...)`.
+Every partitioner first decides how many samples of each class each client gets, then draws these samples at random. All
+randomness comes from `pflbench.rng.rng(seed, "partition", ...)`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 PARTITIONS = {
     "dirichlet": "class shares drawn from Dirichlet(alpha): the smaller alpha, the fewer classes a client has",
-    "iid": "samples dealt out at random: every client has every class",
+    "iid": "samples distributed at random: every client has every class",
     "pathological": "a fixed number of classes for each client",
 }
 SPLITS = ("pooled", "official")
@@ -31,10 +31,10 @@ _SIGMA = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Which samples each client trains on and is tested on.
+    """The samples with which each client trains and is evaluated.
 
-    `train` and `test` hold one sorted int64 array of dataset rows for each client. `moved` counts the samples that
-    were taken from their drawn owner to give every client the demanded minimum (0: the draw stands as it was).
+    `train` and `test` hold one sorted int64 array of dataset rows for each client. `moved` counts the samples that were
+    moved to another client after the draw, so that every client has the minimum (0: the draw was not changed).
     """
 
     train: tuple[Ints, ...]
@@ -71,21 +71,23 @@ def make(
     split: str,
     seed: int,
 ) -> Partition:
-    """Deal out the samples with these `labels` (int64 [N], the first `n_train` are the official training set).
+    """Distribute the samples with these `labels` (int64 [N], the first `n_train` are the official training set).
 
-    `partition` is one of `PARTITIONS`; `dirichlet` needs `alpha`, `pathological` needs `classes_per_client`, the others
-    pay no heed to them. `balanced` gives all clients equally many samples (pathological: each class's holders equally
-    many of it), otherwise the sizes follow from the Dirichlet draw or a log-normal one.
+    `partition` is one of `PARTITIONS`; only `dirichlet` uses `alpha`, and only `pathological` uses
+    `classes_per_client`. With `balanced` all clients get equal numbers of samples (pathological: all clients with a
+    class get equal numbers of its samples). Otherwise the sizes follow from the Dirichlet draw, or from a log-normal
+    draw.
 
-    `split` "pooled" deals out all samples and splits each client's share at random into 3/4 training and 1/4 test, at
-    least one of each (PFLlib's protocol). "official" deals out the training set alone, and the test set such that each
-    client's test samples follow the classes of its training samples, at least one each.
+    `split` "pooled" distributes all samples and splits each client's share at random into 3/4 training and 1/4 test, at
+    least one of each (PFLlib's protocol). "official" distributes the training set, and then the test set such that each
+    client's test samples follow the classes of its training samples, at least one for each client.
 
-    Every client gets at least `min_samples` samples (before the split; never less than the 2 or 1 that `split` needs).
-    Every sample has exactly one owner, except classes that nobody holds: with pathological where clients x
-    classes_per_client < n_classes, and official test samples of classes that have no training samples.
+    Every client gets at least `min_samples` samples before the split, and at least the 2 (pooled) or 1 (official) that
+    `split` needs. Every sample belongs to exactly one client. The exceptions are classes that no client has: with
+    pathological if clients x classes_per_client < n_classes, and official test samples of classes without training
+    samples.
 
-    Raises `UsageError` for demands that cannot be met.
+    Raises `UsageError` when this is not possible.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
@@ -160,7 +162,7 @@ def _log_dirichlet(alpha: float, size: int, random: np.random.RandomState) -> Fl
     """Return the logarithms of a symmetric Dirichlet draw, up to a constant.
 
     Gamma(alpha) is Gamma(alpha + 1) * U ** (1 / alpha): in logarithms this stays finite where, for small alpha, the
-    draws themselves would all underflow to 0 and their quotient be NaN.
+    draws themselves would all underflow to 0 and their quotient would be NaN.
     """
     uniform = 1.0 - random.random_sample(size)
     logs: Floats = np.log(random.standard_gamma(alpha + 1.0, size)) + np.log(uniform) / alpha
@@ -177,10 +179,10 @@ def _normalised(logs: Floats, allowed: npt.NDArray[np.bool_]) -> Floats:
 def _dirichlet(
     class_sizes: Ints, clients: int, alpha: float, least: int, random: np.random.RandomState
 ) -> tuple[Ints, int]:
-    """Split each class by its own Dirichlet draw over the clients, as PFLlib and NIID-Bench do.
+    """Split each class by a separate Dirichlet draw over the clients, as PFLlib and NIID-Bench do.
 
-    A client that has its fair share already gets nothing more. Until no client is below `least`, the published code
-    draws again, which for small alpha is for ever; here the best of `_DRAWS` draws is repaired.
+    A client that already has its fair share gets no more samples. The published code draws again until every client has
+    `least` samples, which never ends for small alpha; here the best of `_DRAWS` draws is repaired.
     """
     best = np.zeros((clients, len(class_sizes)), dtype=np.int64)
     for _ in range(_DRAWS):
@@ -188,7 +190,7 @@ def _dirichlet(
         for kind in np.flatnonzero(class_sizes):
             logs = _log_dirichlet(alpha, clients, random)
             hungry = counts.sum(axis=1) * clients < class_sizes.sum()
-            # Rounded, not cut off: a sum of 0.999... would otherwise hand one sample of each class to the last client.
+            # Rounded, not truncated: a sum of 0.999... would otherwise give the last client a sample of each class.
             cuts = np.rint(np.cumsum(_normalised(logs, hungry))[:-1] * class_sizes[kind]).astype(np.int64)
             counts[:, kind] = np.diff(cuts, prepend=0, append=class_sizes[kind])
         if not best.any() or counts.sum(axis=1).min() > best.sum(axis=1).min():
@@ -199,10 +201,10 @@ def _dirichlet(
 
 
 def _repair(counts: Ints, least: int) -> tuple[Ints, int]:
-    """Return `counts` with at least `least` samples in each row, and how many samples were moved for it.
+    """Return `counts` with at least `least` samples in each row, and the number of samples that were moved.
 
-    A client that lacks samples takes them from the largest client's largest class, in one piece where that has enough:
-    so a repaired client stays as skewed as a drawn one.
+    A client that lacks samples takes them from the largest client's largest class, in one piece if that class has
+    enough. So a repaired client is as skewed as a drawn one.
     """
     counts = counts.copy()
     missing = np.maximum(least - counts.sum(axis=1), 0)
@@ -212,7 +214,7 @@ def _repair(counts: Ints, least: int) -> tuple[Ints, int]:
             sizes = counts.sum(axis=1)
             donor = sizes.argmax()
             kind = counts[donor].argmax()
-            # The donor keeps the minimum: somebody lacks samples, so the largest client has more than that.
+            # The donor keeps the minimum: another client lacks samples, so the largest client has more than that.
             piece = min(wanted, counts[donor, kind], sizes[donor] - least)
             counts[donor, kind] -= piece
             counts[client, kind] += piece
@@ -221,7 +223,7 @@ def _repair(counts: Ints, least: int) -> tuple[Ints, int]:
 
 
 def _balanced_dirichlet(class_sizes: Ints, clients: int, alpha: float, random: np.random.RandomState) -> Ints:
-    """Give clients of equal size each its own class mix, drawn from Dirichlet(alpha) over the classes.
+    """Draw for each client, all of equal size, a class mix from Dirichlet(alpha) over the classes.
 
     The client-wise variant of FedDyn (Acar et al., 2021) and FedLab. Clients draw in random order; when a class runs
     out, the mix continues among the others, so the last clients get the remaining samples. Each pass fills the client
@@ -240,7 +242,7 @@ def _balanced_dirichlet(class_sizes: Ints, clients: int, alpha: float, random: n
 
 
 def _equal(total: int, parts: int, random: np.random.RandomState) -> Ints:
-    """Return `parts` sizes that differ by one at most and sum to `total`; chance decides which are larger by one."""
+    """Return `parts` sizes that differ by at most one and sum to `total`; the larger ones are drawn at random."""
     sizes: Ints = total // parts + (random.permutation(parts) < total % parts).astype(np.int64)
     return sizes
 
@@ -251,18 +253,18 @@ def _log_normal(total: int, parts: int, random: np.random.RandomState) -> Ints:
 
 
 def _proportional(weights: Floats | Ints, total: int) -> Ints:
-    """Return whole numbers in proportion to `weights` that sum to `total`: the largest remainders are rounded up."""
+    """Return integers in proportion to `weights` that sum to `total`: the largest remainders are rounded up."""
     exact = weights * (total / weights.sum())
     shares: Ints = np.floor(exact).astype(np.int64)
-    up = np.argsort(shares - exact, kind="stable")[: total - shares.sum()]
-    shares[up] += 1
+    rounded_up = np.argsort(shares - exact, kind="stable")[: total - shares.sum()]
+    shares[rounded_up] += 1
     return shares
 
 
 def _iid_sizes(
     total: int, clients: int, least: int, random: np.random.RandomState, *, balanced: bool
 ) -> tuple[Ints, int]:
-    """Return how many samples each client gets: equally many, or log-normal ones as in FedLab (Zeng et al., 2023)."""
+    """Return each client's number of samples: equal, or log-normal as in FedLab (Zeng et al., 2023)."""
     if balanced:
         return _equal(total, clients, random), 0
     sizes, moved = _repair(_log_normal(total, clients, random)[:, np.newaxis], least)
@@ -287,7 +289,7 @@ def _pathological(
         )
     holds = np.zeros((clients, len(class_sizes)), dtype=bool)
     for client in range(clients):
-        # The classes with the fewest holders first, ties by lot: all classes are held before one is held twice more.
+        # The classes with the fewest holders first, in random order among equals: so holders are spread evenly.
         order = np.lexsort((random.permutation(len(present)), holds[:, present].sum(axis=0)))
         holds[client, present[order[:per_client]]] = True
     floor = -(-least // per_client)
@@ -311,8 +313,8 @@ def _pathological(
 def _follow(held: Ints, class_sizes: Ints) -> Ints:
     """Return int64 [clients, classes]: the test samples for clients that hold the training samples `held`.
 
-    Each class is split in proportion to `held`; a client left with none gets one, of its most frequent class that
-    somebody can spare.
+    Each class is split in proportion to `held`. A client without test samples gets one, of its most frequent class in
+    which another client can spare one.
     """
     counts = np.zeros_like(held)
     for kind in np.flatnonzero(held.any(axis=0)):

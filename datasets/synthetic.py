@@ -1,8 +1,8 @@
-"""Generated images for when nothing can be downloaded: bit-identical on every machine, cheap enough to keep nothing.
+"""Generated images, which need no download: the same bits on every machine, and so cheap that they are not cached.
 
-A class is a pair of parts: both appear in each of its images, at random places and contrasts, over clouds, distractors
-and noise. So no single pixel says much (a linear model fails), every class shares its parts with others (clients gain
-from each other's features), and a small convolutional network can learn it.
+A class is a pair of patches: both appear in each of its images, at random places and contrasts, over clouds,
+distractors and noise. So a single pixel has little information (a linear model fails), every class shares its patches
+with others (clients gain from each other's features), and a small convolutional network can learn the classes.
 """
 
 from itertools import combinations, islice
@@ -21,19 +21,19 @@ _SIZES = {"synthetic10": (10, 5, 10_000, 2_000), "synthetic100": (100, 15, 20_00
 
 _SIDE = 32
 _PART, _DISTRACTOR = 12, 6  # sides of the square patches, in pixels
-_DISTRACTORS = (32, 2)  # how many there are, and how many an image gets
+_DISTRACTORS = (32, 2)  # their number in all, and in an image
 _CONTRAST = 90  # of patches, in grey levels
 _CLOUDS = 40
 _NOISE = 2
 _GAIN = (8, 17)  # in sixteenths
-_CHUNK = 2_000  # images at a time: the intermediate arrays stay small
+_CHUNK = 2_000  # images at a time, so that the intermediate arrays are small
 
 
 def load(name: str) -> Dataset:
-    """Return `synthetic10` (12,000 images) or `synthetic100` (24,000): [N, 32, 32, 3], as many of each class.
+    """Return `synthetic10` (12,000 images) or `synthetic100` (24,000): [N, 32, 32, 3], equally many of each class.
 
-    The content depends on the name alone, not on a run's seed. Only integers are drawn and calculated with (the one
-    product in float32 stays below 2**24, where it is exact), so that no machine can round differently.
+    The content depends on the name alone, not on a run's seed. All draws and calculations use integers (the one product
+    in float32 is below 2**24, so it is exact): no machine can round differently.
     """
     classes, n_parts, n_train, n_test = _SIZES[name]
     random = rng(0, "synthetic", name)
@@ -57,12 +57,12 @@ def load(name: str) -> Dataset:
 
 
 def _integers(random: np.random.RandomState, low: int, high: int, *shape: int) -> npt.NDArray[np.int32]:
-    # The type is named because the default differs between platforms, and with it the stream.
+    # The type is given because its default, and so the drawn numbers, differ between platforms.
     return random.randint(low, high, size=shape, dtype=np.int32)
 
 
 def _patches(random: np.random.RandomState, n: int, side: int) -> _Images:
-    """Return [n, 3, side, side]: squares of 2x2 cells, each colour of a cell either up or down."""
+    """Return [n, 3, side, side]: squares of 2x2 cells, each colour of a cell either brighter or darker."""
     cells = (2 * _integers(random, 0, 2, n, 3, 2, 2) - 1) * _CONTRAST
     return cells.repeat(side // 2, axis=2).repeat(side // 2, axis=3).astype(np.int16)
 
@@ -87,6 +87,6 @@ def _paste(random: np.random.RandomState, canvas: _Images, patches: _Images) -> 
 
 
 def _noise(random: np.random.RandomState, shape: tuple[int, ...]) -> _Images:
-    # The two halves of a random byte, added: triangular, from one draw.
+    # The sum of the two halves of a random byte: a triangular distribution from one draw.
     drawn = random.randint(0, 256, size=shape, dtype=np.uint8)
     return ((drawn & 15) + (drawn >> 4)).astype(np.int16) * _NOISE - 15 * _NOISE

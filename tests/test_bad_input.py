@@ -317,8 +317,8 @@ def deep_colour(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "value", "remedy"),
     [
-        (broken_image, "train/dog/3.png", "mend or remove it"),
-        (cut_image, "test/owl/1.png", "mend or remove it"),
+        (broken_image, "train/dog/3.png", "repair or remove it"),
+        (cut_image, "test/owl/1.png", "repair or remove it"),
         (other_size, "train/dog/3.png is 17x17", "must have one size"),
         (class_of_test_alone, "class 'newt'", "add or remove it"),
         (no_test, "has no folder test/", "test/<class>/"),
