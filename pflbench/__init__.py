@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# In a checkout the folders that an installation maps into this package stand beside it.
+# In a checkout, the folders that an installation maps into this package are next to it.
 if not (Path(__file__).parent / "algorithms").exists():
     __path__.append(str(Path(__file__).parents[1]))
 

@@ -1,11 +1,11 @@
-"""What can go wrong, for people: every message is one line that names the value and the remedy."""
+"""The errors of pflbench. Every message is one line that names the value and the remedy."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class PflbenchError(Exception):
-    """Base of all errors that pflbench raises on purpose; `exit_code` is the command line's."""
+    """Base of all errors that pflbench raises; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -17,11 +17,11 @@ class UsageError(PflbenchError):
 
 
 class MethodError(PflbenchError):
-    """A method's code breaks the contract: it asks for a part that is missing, or returns what cannot be used."""
+    """A method's code breaks the contract: it asks for a missing part, or returns a value that cannot be used."""
 
 
 class RunError(PflbenchError):
-    """A run that had begun cannot continue: a worker died, or another process holds the record."""
+    """A started run cannot continue: for example, a worker died, or a checkpoint is damaged."""
 
 
 class RunBusy(RunError):  # noqa: N818
@@ -29,11 +29,11 @@ class RunBusy(RunError):  # noqa: N818
 
 
 class Diverged(RunError):  # noqa: N818
-    """Training left the finite numbers. The message names the round, the client and the quantity."""
+    """A number of the training is not finite. The message names the round, the client and the quantity."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Return the error for a `name` that is none of the `known` ones, with the nearest as a suggestion.
+    """Return the error for a `name` that is not among the `known` names, with the nearest one as a suggestion.
 
     `kind` is the noun in the message, for example "algorithm".
     """

@@ -29,7 +29,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class ClientData:
-    """One client's samples for training and for testing."""
+    """One client's samples for training and for evaluation."""
 
     train: Split
     test: Split
@@ -85,10 +85,10 @@ class Federation:
     def from_arrays(
         cls, clients: Sequence[tuple[Any, Any, Any, Any]], *, classes: int | None = None, name: str = "arrays"
     ) -> "Federation":
-        """Return a federation of anybody's arrays: per client (x_train, y_train, x_test, y_test).
+        """Return a federation of the user's arrays: for each client (x_train, y_train, x_test, y_test).
 
-        Arrays are NumPy's or torch's. Images are [n, channels, height, width]. `classes` is the largest label plus one
-        unless given. Raises `UsageError` when lengths, shapes or labels do not fit together.
+        Arrays are NumPy's or torch's. Images are [n, channels, height, width]. `classes` is by default the largest
+        label plus one. Raises `UsageError` when lengths, shapes or labels do not fit together.
         """
         if not clients:
             raise UsageError("from_arrays: there is no client; give at least one")
@@ -120,11 +120,12 @@ def _client(number: int, arrays: tuple[Any, Any, Any, Any]) -> ClientData:
             f"from_arrays: client {number} has {len(arrays)} arrays; give x_train, y_train, x_test, y_test"
         )
     x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
-    for x, y, part in ((x_train, y_train, "training"), (x_test, y_test, "test")):
+    for x, y, subset in ((x_train, y_train, "training"), (x_test, y_test, "test")):
         if y.dim() != 1:
-            raise UsageError(f"from_arrays: client {number} has {part} labels of shape {tuple(y.shape)}; give one each")
+            shape = tuple(y.shape)
+            raise UsageError(f"from_arrays: client {number} has {subset} labels of shape {shape}; give one per sample")
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise UsageError(f"from_arrays: client {number} has {part} labels of type {y.dtype}; give integers")
+            raise UsageError(f"from_arrays: client {number} has {subset} labels of type {y.dtype}; give integers")
         if len(x) != len(y) or len(y) == 0:
-            raise UsageError(f"from_arrays: client {number} has {len(x)} {part} samples and {len(y)} labels")
+            raise UsageError(f"from_arrays: client {number} has {len(x)} {subset} samples and {len(y)} labels")
     return ClientData(Split(x_train, y_train.long()), Split(x_test, y_test.long()))

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import contextlib
 import tempfile
@@ -9,9 +9,9 @@ from pflbench.errors import RunError, UsageError
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file, in place of an older one: a reader sees the old contents or the new, never a part.
+    """Write a file, or replace it: a reader sees the old contents or the new contents, never a part.
 
-    A file that a process has mapped into memory is not changed by this.
+    If a process has mapped the old file into memory, it still sees the old contents.
     """
     partial = path.with_name(f"writing-{path.name}")
     partial.write_bytes(data)
@@ -20,14 +20,14 @@ def write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`, on the same disk; it is deleted in every case."""
+    """Yield an empty folder next to `target`, on the same disk; it is always deleted at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
         yield Path(name)
 
 
 def place(made: Path, target: Path) -> None:
-    """Give the folder `made` its final name; if another process was faster, its folder stays."""
+    """Rename the folder `made` to `target`; if another process has made `target` first, keep that."""
     try:
         made.rename(target)
     except OSError:
@@ -37,13 +37,13 @@ def place(made: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write below `path`, such as a full disk, into a `RunError` that says what to do."""
+    """Turn a failure to write below `path`, such as a full disk, into a `RunError` that names the remedy."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
         raise RunError(
-            f"cannot write {path} ({reason}); what is written so far is good: mend that, then --resume"
+            f"cannot write {path} ({reason}); the files written so far are good: correct this, then use --resume"
         ) from None
 
 
@@ -55,7 +55,7 @@ def check_out(out: Path) -> None:
     if not existing.is_dir():
         raise UsageError(f"out: {existing} is a file, not a folder; choose another --out")
     try:
-        with tempfile.TemporaryFile(dir=existing):  # asked by trying: /proc and read-only mounts refuse even root
+        with tempfile.TemporaryFile(dir=existing):  # try it: permissions do not tell of /proc and read-only mounts
             pass
     except OSError as error:
         raise UsageError(f"out: {existing} cannot be written to ({error.strerror}); choose another --out") from None

@@ -1,4 +1,4 @@
-"""Which clients take part in a round."""
+"""Client sampling: the clients that take part in a round."""
 
 from pflbench.rng import rng
 from pflbench.spec import RunSpec

@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, and on nothing else.
+"""Random numbers that depend only on their key.
 
-Every draw in a run comes from a generator keyed by (seed, stream, round, client, ...): the order in which clients are
-computed, and by how many workers, cannot change it.
+Every draw in a run comes from a generator keyed by (seed, stream, round, client, ...). So it does not depend on the
+order in which clients are computed, or on the number of workers.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Settings that are declared once: a dataclass field with a default, a meaning and bounds.
+"""Settings: each is declared once, as a dataclass field with a default, a meaning and bounds.
 
-`RunSpec` and every method are such dataclasses. The command line, configuration files, `pflbench describe` and the
-error messages are all made from the fields.
+`RunSpec` and every method are dataclasses of settings. The command line, configuration files, `pflbench describe` and
+the error messages all use these fields.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pflbench.errors import UsageError, unknown
 
 T = TypeVar("T")
-_LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what torch takes: 64-bit integers, 32-bit floating-point numbers
+_LARGEST = {int: 2**63 - 1, float: 3.4e38}  # torch's types: 64-bit integers, 32-bit floating-point numbers
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -32,10 +32,10 @@ def setting(
     choices: Iterable[str] | None = None,
     later: bool = False,
 ) -> Any:
-    """Return a dataclass field: `doc` says what it means; `ge`, `gt`, `le` and `choices` are its bounds.
+    """Return a dataclass field: `doc` is its meaning; `ge`, `gt`, `le` and `choices` are its bounds.
 
-    A setting that is added `later`, when runs without it are recorded already, does not change their ids: it is part of
-    a run's id only where it has another value than its default.
+    Use `later` for a setting that is added when runs without it are already recorded. To keep their ids, it is part of
+    a run's id only if its value is not its default.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices) if choices is not None else None}
     return dataclasses.field(default=default, metadata={"doc": doc, "later": later, **bounds})
@@ -57,7 +57,7 @@ def kind(cls: type, name: str) -> tuple[type, bool]:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    """Return the types of the fields of `cls`. Kept, because reading them takes longer than the rest of a check."""
+    """Return the types of the fields of `cls`. Cached: reading them takes longer than the rest of a check."""
     return typing.get_type_hints(cls)
 
 
@@ -71,7 +71,7 @@ def bounds(field: "dataclasses.Field[Any]") -> str:
 
 
 def check(settings: Any) -> None:
-    """Raise `UsageError` for the first setting that has the wrong type or is out of its bounds."""
+    """Raise `UsageError` for the first setting that has the wrong type or is out of bounds."""
     for name, field in fields(type(settings)).items():
         value = getattr(settings, name)
         wanted, optional = kind(type(settings), name)
@@ -95,7 +95,7 @@ def check(settings: Any) -> None:
 
 
 def normalise(settings: Any) -> None:
-    """Check the settings of a frozen dataclass, and make its numbers of one type: 1 and 1.0 are one run."""
+    """Check the settings of a frozen dataclass, and convert integers in float settings: 1 and 1.0 are one run."""
     check(settings)
     for name in fields(type(settings)):
         value = getattr(settings, name)
@@ -104,13 +104,13 @@ def normalise(settings: Any) -> None:
 
 
 def identity(values: Mapping[str, Any], known: "Mapping[str, dataclasses.Field[Any]]") -> dict[str, Any]:
-    """Return the settings that make a run's id: all but those that were added later and have their default."""
+    """Return the settings that make a run's id: all except `later` settings with their default."""
     later = {name: field.default for name, field in known.items() if field.metadata["later"]}
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def parse(cls: type, name: str, value: Any) -> Any:
-    """Return `value`, text from a command line or a value from TOML, as setting `name` of `cls` has its type.
+    """Return `value`, text from a command line or a value from TOML, in the type of setting `name` of `cls`.
 
     Raises `UsageError` when it cannot be read as that type. Bounds are not checked here.
     """
@@ -136,7 +136,7 @@ def parse(cls: type, name: str, value: Any) -> Any:
 def build(cls: type[T], values: Mapping[str, Any], noun: str) -> T:
     """Return dataclass `cls` from `values` by name, parsed and checked.
 
-    `noun` is what an unknown key is called in the error, for example "hyperparameter of fedas".
+    `noun` is the noun for an unknown key in the error, for example "hyperparameter of fedas".
     """
     known = fields(cls)
     for name in values:
@@ -148,7 +148,7 @@ def build(cls: type[T], values: Mapping[str, Any], noun: str) -> T:
 
 
 def underscored(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return the tables of file `where` with underscores for the hyphens in their names, at every depth.
+    """Return the tables of file `where` with underscores instead of hyphens in their names, at every depth.
 
     Raises `UsageError` when a table has a name in both spellings: one of the two values would be lost.
     """

@@ -10,7 +10,7 @@ from pflbench import settings
 from pflbench.errors import UsageError, unknown
 from pflbench.settings import setting
 
-# Names and meanings stand here, and not in models.py, so that they can be listed and checked without importing torch.
+# The names and meanings are not in models.py, so that they can be listed and checked without importing torch.
 MODELS = {
     "cnn": "two 5x5 convolutions with pooling, a 512-unit layer, and the head (McMahan et al., 2017; PFLlib's CNN)",
     "mlp": "one hidden layer of 512 units, and the head",
@@ -28,10 +28,10 @@ _SEEDS = ("partition_seed", "init_seed", "sampling_seed", "order_seed")
 class RunSpec:
     """One run: data, partition, model, algorithm and its hyperparameters, optimiser, protocol, seed.
 
-    The defaults are FedAS's published example. Where `None` stands, the value follows from another setting, which the
-    setting's meaning names. Raises `UsageError` when a value is out of its bounds.
+    The defaults are FedAS's published example. `None` means that the value follows from another setting, which the
+    setting's meaning names. Raises `UsageError` when a value is out of bounds.
 
-    What results cannot depend on (executor, workers, folders) is no part of it.
+    Results do not depend on executor, workers and folders, so they are not part of the spec.
     """
 
     algo: str = setting("fedas", "the method; `pflbench list algorithms` names them")
@@ -39,11 +39,11 @@ class RunSpec:
     dataset: str = setting("auto", "the images; `pflbench list datasets` names them")
     split: str = setting(
         "pooled",
-        "pooled: train and test images are pooled and each client's share is split 75/25; official: kept apart",
+        "pooled: train and test images are pooled and each client's share is split 75/25; official: not pooled",
         choices=("pooled", "official", "given"),
     )
     partition: str = setting(
-        "dirichlet", "how the samples are dealt to the clients", choices=(*PARTITION_SETTINGS, "given")
+        "dirichlet", "how the samples are distributed to the clients", choices=(*PARTITION_SETTINGS, "given")
     )
     alpha: float | None = setting(None, "Dirichlet concentration, small is uneven (dirichlet: 0.1)", gt=0)
     classes_per_client: int | None = setting(None, "classes that each client has (pathological: 2)", ge=1)
@@ -63,7 +63,7 @@ class RunSpec:
     weight_decay: float = setting(0.0, "weight decay of local SGD", ge=0)
     lr_decay: float = setting(1.0, "factor on the learning rate after every round", gt=0, le=1)
     shuffle: bool = setting(True, "shuffle a client's samples before every epoch")
-    drop_last: bool = setting(False, "leave out an incomplete last batch (unless it is the only one)")
+    drop_last: bool = setting(False, "drop an incomplete last batch (unless it is the only one)")
     eval_every: int = setting(1, "evaluate every k rounds, and after the last", ge=1)
     precision: str = setting(
         "fp32", "number format of activations; parameters and sums stay fp32", choices=("fp32", "bf16")
@@ -89,11 +89,11 @@ class RunSpec:
 
     def seed_of(self, name: str) -> int:
         """Return the seed of "partition", "init", "sampling" or "order"."""
-        own: int | None = getattr(self, f"{name}_seed")
-        return self.seed if own is None else own
+        found: int | None = getattr(self, f"{name}_seed")
+        return self.seed if found is None else found
 
     def partition_settings(self) -> dict[str, Any]:
-        """Return the settings that make the partition, as `pflbench.datasets.partitioners.make` takes them."""
+        """Return the settings of the partition, as arguments of `pflbench.datasets.partitioners.make`."""
         names = ("partition", "clients", "alpha", "classes_per_client", "min_samples", "split")
         rest = {"balanced": bool(self.balanced), "seed": self.seed_of("partition")}
         return {name: getattr(self, name) for name in names} | rest
@@ -104,7 +104,7 @@ class RunSpec:
         return f"{self.clients} clients, {self.partition}" + ("" if detail is None else f" {detail:g}")
 
     def normalised(self, *, own_model: bool = False) -> "RunSpec":
-        """Return the same run in its one canonical form, so that equal runs have equal ids.
+        """Return the same run in its canonical form, so that equal runs have equal ids.
 
         Settings of the partition and the model get their defaults; a seed that equals the common seed is dropped. With
         `own_model`, the model is the user's and may have any name.
@@ -132,7 +132,7 @@ class RunSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunSpec":
-        """Return the spec with these settings; the others have their defaults.
+        """Return the spec with these settings; all other settings have their defaults.
 
         Raises `UsageError` for an unknown name, with a suggestion, and for a value that cannot be read.
         """
@@ -145,8 +145,8 @@ class RunSpec:
 
         `known` has the hyperparameters of its method, as `pflbench.settings.fields` returns them.
         """
-        own = settings.fields(type(self))
-        values = settings.identity({name: getattr(self, name) for name in own}, own)
+        declared = settings.fields(type(self))
+        values = settings.identity({name: getattr(self, name) for name in declared}, declared)
         values["hyperparameters"] = settings.identity(self.hyperparameters, known)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -276,7 +276,7 @@ def test_a_second_time_shows_the_record(
     done = spawn("run", *quick, "--set", "align_lr=0.02", "--executor", "serial", cwd=cwd)
     assert (done.code, done.out) == (0, first.out)
     (line,) = done.err.splitlines()
-    assert f"{record.name} exists already" in line
+    assert f"{record.name} already exists" in line
     assert "--force" in line
     assert contents(cwd) == before
 

@@ -1,4 +1,4 @@
-"""The command line. Each command is a module of this package, which is imported when the command is needed."""
+"""The command line. Each command is a module of this package, which is imported when the command is used."""
 
 import importlib
 import importlib.metadata
@@ -15,7 +15,7 @@ COMMANDS = {
     "compare": "compare",
     "describe": "describe",
     "export": "export",
-    "list": "listing",  # a module `list` would take the place of Python's `list` in this one
+    "list": "listing",  # a submodule `list` would hide Python's `list` in this module
     "partition": "partition",
     "report": "report",
     "run": "run",
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 class _Commands(click.Group):
-    """The commands; the module of each has it as `command`."""
+    """The group of commands; each module defines its command as `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -61,10 +61,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Every error except a bug of pflbench is one line; bad input has exit code 2."""
+    """Run the command line. Every error except a bug of pflbench is one line; exit code 2 means bad input."""
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores SIGINT
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores SIGINT: leave that
         signal.signal(signal.SIGINT, stop)
     try:
         code = cli.main(prog_name="pflbench", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""What a run or a sweep shows: progress, and a table at the end."""
+"""The display of a run or a sweep: progress, and a table at the end."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Return standard output for tables, which are not folded where it is no terminal."""
+    """Return standard output for tables. If it is not a terminal, tables are not wrapped."""
     found = Console()
     if not found.is_terminal:
         found.width = 200
@@ -56,7 +56,7 @@ class Progress(Observer):
         self._bar.stop()
 
     def start(self, experiment: "Experiment") -> None:
-        """Show which run begins. The workers are forked already: the bar has a thread."""
+        """Show which run starts. The bar has a thread, so it starts after the workers were forked."""
         self.started = True
         spec = experiment.spec
         self._rounds = spec.rounds
@@ -67,7 +67,7 @@ class Progress(Observer):
         self._bar.add_task("", total=self._rounds, accuracy="")
 
     def round(self, row: dict[str, Any]) -> None:
-        """Show a round of training. Where there is no bar, its line waits for the evaluation, which comes later."""
+        """Show a round of training. Without a bar, its line is printed when the accuracy is known, or later."""
         self._bar.update(self._bar.task_ids[0], completed=row["round"])
         self._flush()
         self._waiting = f"{row['seconds']:.1f} s", row["round"]
@@ -79,7 +79,7 @@ class Progress(Observer):
         self._flush(accuracy)
 
     def _flush(self, accuracy: str = "-") -> None:
-        """Print the line that waits, if any."""
+        """Print the pending line, if any."""
         if self._waiting is not None and self._bar.disable and not self._quiet:
             seconds, number = self._waiting
             text = f"round {number}/{self._rounds}  accuracy {accuracy}  {seconds}"
@@ -128,7 +128,7 @@ class Sweeping:
         """Show what happened to a run."""
         run = event.run.id
         if event.kind == "started":
-            self._bar.start()  # it has a thread, so it starts after the first fork
+            self._bar.start()  # the bar has a thread, so it starts after the first fork
         elif event.kind == "round":
             self._bar.advance(self._task)
         elif event.kind == "evaluation":
@@ -143,7 +143,7 @@ class Sweeping:
 
 
 def counts(found: Mapping[str, str | None]) -> str:
-    """Return in words how many runs have a record: `found` has each run's status, None without a record."""
+    """Return in words how many runs have a record: `found` has each run's status, None if it has no record."""
     missing = sum(status is None for status in found.values())
     return f"{len(found)} runs: {len(found) - missing} recorded, {missing} to do"
 
@@ -175,7 +175,7 @@ def table(record: "Record") -> None:
         if "last" in summary:
             out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
     mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
-    out.add_row("sent up / down", *mega)
+    out.add_row("uploads / downloads", *mega)
     seconds, evaluation = summary["seconds"], summary["evaluation"]
     out.add_row("time of training", f"{seconds:.1f} s", f"{seconds / max(summary['rounds'], 1):.2f} s a round")
     if evaluation["seconds"]:  # a record of schema 1 has it in the time of training

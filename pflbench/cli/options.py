@@ -1,4 +1,4 @@
-"""The options that commands share, and how their values and the files that they name are read."""
+"""The options that commands share, and functions that read their values and files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +29,9 @@ selection = click.option(
 
 
 def out(default: str, what: str, *, in_config: bool = False) -> Callable[[Command], Command]:
-    """Return the option `--out`, the folder where a command writes `what`.
+    """Return the option `--out`, the folder to which a command writes `what`.
 
-    With `in_config` a configuration file may name it, so that its value is None where the command line does not.
+    With `in_config` a configuration file may set it, so its value is None if the command line does not set it.
     """
     value = None if in_config else default
     return click.option("--out", metavar="FOLDER", default=value, help=f"folder for {what}  [default: {default}]")
@@ -40,7 +40,7 @@ def out(default: str, what: str, *, in_config: bool = False) -> Callable[[Comman
 def spec(names: tuple[str, ...] | None = None, *, many: bool = False) -> Callable[[Command], Command]:
     """Return a decorator that adds an option for each setting of `RunSpec`, or for `names` only.
 
-    With `many` each option may be repeated, and takes a value where `run` has a flag.
+    With `many` each option may be repeated, and the flags of `run` take a value.
     """
 
     def add(command: Command) -> Command:
@@ -64,12 +64,12 @@ def spec(names: tuple[str, ...] | None = None, *, many: bool = False) -> Callabl
 
 
 def shown(value: Any) -> str:
-    """Return a setting's value as a user writes it."""
+    """Return a setting's value as users write it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read(file: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of configuration file `file`, overridden by those `given` on the command line."""
+    """Return the settings of configuration file `file`, overridden by the settings `given` on the command line."""
     allowed = (*settings.fields(RunSpec), *OWN, "set")
     values = {}
     if file is not None:
@@ -84,7 +84,7 @@ def read(file: str | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def toml(path: Path, noun: str) -> dict[str, Any]:
-    """Return the contents of a TOML file. `noun` says what kind of file it is, for the error."""
+    """Return the contents of a TOML file. `noun` names the kind of file in the error."""
     import tomllib
 
     try:
@@ -104,7 +104,7 @@ def assignment(text: str) -> tuple[str, str]:
 
 
 def integer(name: str, value: Any) -> int:
-    """Return `value`, that of option `name`, as an integer."""
+    """Return `value`, the value of option `name`, as an integer."""
     try:
         return int(str(value))
     except ValueError:
@@ -112,7 +112,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def fraction(name: str, value: str) -> float:
-    """Return `value`, that of option `name`, as a number above 0 and up to 1."""
+    """Return `value`, the value of option `name`, as a number above 0 and up to 1."""
     try:
         number = float(value)
     except ValueError:
@@ -123,7 +123,7 @@ def fraction(name: str, value: str) -> float:
 
 
 def folder(name: str, value: Any) -> Path:
-    """Return `value`, that of option `name`, as the path of a folder, which need not exist."""
+    """Return `value`, the value of option `name`, as the path of a folder, which need not exist."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise UsageError(f"{name}: {value!r} is not a folder")
     path = Path(value)
@@ -137,7 +137,7 @@ def folder(name: str, value: Any) -> Path:
 
 
 def data_folder(value: Any) -> Path | None:
-    """Return the value of `--data-dir`, None where the default folder is meant."""
+    """Return the value of `--data-dir`, None for the default folder."""
     return None if value is None else folder("data_dir", value)
 
 

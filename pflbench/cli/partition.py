@@ -21,7 +21,7 @@ _SETTINGS = (
     "dataset", "split", "partition", "alpha", "classes_per_client", "balanced", "min_samples", "clients", "seed",
     "partition_seed",
 )  # fmt: skip
-_MOST = 20  # classes that get a column each on a terminal
+_MOST = 20  # with up to so many classes, each class has a column on a terminal
 
 
 @click.command("partition")
@@ -31,10 +31,10 @@ _MOST = 20  # classes that get a column each on a terminal
 @options.out("partitions", "the pictures and numbers")
 @options.as_json
 def command(config: str | None, data_dir: str | None, out: str, as_json: bool, **given: Any) -> None:
-    """Show which client gets which samples, and draw it, without training.
+    """Show and draw which client gets which samples, without training.
 
-    Writes partition.png, partition.svg, counts.csv and the sample numbers, indices.npz, to FOLDER/<hashes of partition
-    and dataset>/. A folder that exists has the same contents, and is not written again.
+    Writes partition.png, partition.svg, counts.csv and the sample numbers, indices.npz, to FOLDER/<fingerprints of
+    partition and dataset>/. If that folder exists, it has the same contents, and is not written again.
     """
     from pflbench import datasets
     from pflbench.datasets.partitioners import make

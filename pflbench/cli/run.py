@@ -46,12 +46,12 @@ def command(
     Without options: FedAS's published example, on CIFAR-10 if it is on disk or can be downloaded, else on synthetic
     images.
     """
-    spec, own = read(config, hyperparameters, given)
-    data_dir = options.data_folder(own.get("data_dir"))
-    executor = str(own.get("executor", "processes"))
-    workers = None if own.get("workers") is None else options.integer("workers", own["workers"])
-    checkpoint_every = options.integer("checkpoint_every", own.get("checkpoint_every", 1))
-    out = options.folder("out", own.get("out", "runs"))
+    spec, execution = read(config, hyperparameters, given)
+    data_dir = options.data_folder(execution.get("data_dir"))
+    executor = str(execution.get("executor", "processes"))
+    workers = None if execution.get("workers") is None else options.integer("workers", execution["workers"])
+    checkpoint_every = options.integer("checkpoint_every", execution.get("checkpoint_every", 1))
+    out = options.folder("out", execution.get("out", "runs"))
     if log not in (None, "tensorboard"):
         raise unknown("log", log, ["tensorboard"])
     if dry_run:
@@ -64,7 +64,7 @@ def command(
         return
     from pflbench.engine.executors.children import signals_deferred
 
-    with signals_deferred():  # torch's import loses an exception that a signal's handler raises
+    with signals_deferred():  # the import of torch would lose an exception of a signal's handler
         from pflbench.engine import runner
     from pflbench.cli.display import Progress, table
 
@@ -91,17 +91,17 @@ def command(
         click.echo(json.dumps({**record.to_dict(), "path": str(record.path), "existed": existed}))
     elif not quiet:
         if existed:
-            click.echo(f"Run {record.id} exists already; this is its record. --force runs it again.", err=True)
+            click.echo(f"Run {record.id} already exists; this is its record. --force runs it again.", err=True)
         table(record)
     _fail_unless_finished(record)
 
 
 def read(config: str | None, hyperparameters: tuple[str, ...], given: dict[str, Any]) -> tuple[RunSpec, dict[str, Any]]:
-    """Return the run that file and command line describe, and the settings that results do not depend on."""
+    """Return the run that file and command line describe, and the settings that do not change results."""
     values = options.read(config, given)
     chosen = {**values.pop("set", {}), **dict(map(options.assignment, hyperparameters))}
-    own = {name: values.pop(name) for name in options.OWN if name in values}
-    return RunSpec.from_dict({**values, "hyperparameters": chosen}), own
+    execution = {name: values.pop(name) for name in options.OWN if name in values}
+    return RunSpec.from_dict({**values, "hyperparameters": chosen}), execution
 
 
 def _fail_unless_finished(record: "Record") -> None:

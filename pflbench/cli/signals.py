@@ -15,11 +15,11 @@ _REMEDY = "continue a run with --resume, and a sweep by starting it again"
 
 
 class Terminated(BaseException):
-    """SIGTERM as an exception: what is open is closed, and worker processes are ended."""
+    """SIGTERM as an exception, so that files are closed and worker processes are ended."""
 
 
 class Stop:
-    """The handler of SIGINT and SIGTERM: it raises an exception, but only one for signals that come together.
+    """The handler of SIGINT and SIGTERM: it raises an exception, but only one for several signals within 5 seconds.
 
     `timeout` sends its signal to the process and again to the process group. The second signal must not interrupt the
     code that ends the workers.
@@ -40,7 +40,7 @@ class Stop:
 
 def fail(error: BaseException, number: int | None) -> NoReturn:
     """End the process after `error`, with one line and the exit code of its kind; `number` is the last signal's."""
-    # The signal's number decides first: compiled code may replace the handler's exception by one of its own.
+    # The signal's number is checked first: compiled code may replace the handler's exception by another one.
     if number == signal.SIGTERM:
         _end(f"terminated; {_REMEDY}", 143)
     if number == signal.SIGINT or isinstance(error, (KeyboardInterrupt, click.Abort)):

@@ -100,7 +100,7 @@ def _show_plan(runs: "list[Experiment]", found: dict[str, str | None], *, as_jso
 
 
 def _suite(name: str) -> Suite:
-    """Return the ready suite `name`, or that in the file `name`."""
+    """Return the ready suite `name`, or the suite in the file `name`."""
     ready = suites()
     path = ready.get(name, Path(name))
     if name not in ready and not path.suffix:

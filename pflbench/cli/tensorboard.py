@@ -34,7 +34,7 @@ class Log(Observer):
         self._write(row, "")
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Write one line of evaluations.jsonl; the work inside the evaluation has names of its own."""
+        """Write one line of evaluations.jsonl; the names of its costs start with "evaluation/"."""
         work = ("steps", "forward", "backward", "seconds", "busy_seconds")
         self._write({name: value for name, value in row.items() if name not in work}, "")
         self._write({name: row[name] for name in (*work, "round")}, "evaluation/")

@@ -135,7 +135,7 @@ def prepare(
         changes |= {"partition": "given", "split": "given", "min_samples": 2}
         changes |= {"alpha": None, "classes_per_client": None, "balanced": None}
     elif "given" in (spec.partition, spec.split):
-        raise UsageError("partition, split: 'given' is only for runs in Python that pass a federation")
+        raise UsageError("partition, split: 'given' is only for runs with a given federation, from Python")
     if model is not None:
         _check_parts(model)
         digest = hashlib.sha256(f"{model!r} {params.fingerprint(params.read(model))}".encode()).hexdigest()

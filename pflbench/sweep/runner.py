@@ -1,4 +1,4 @@
-"""Sweeps: the runs of a suite that have no record yet are computed, several at once."""
+"""Sweeps: they compute the runs of a suite that have no record yet, several at once."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ from pflbench.spec import RunSpec
 from pflbench.store.folder import Folder
 from pflbench.store.provenance import outdated
 
-_LOOK = 2.0  # seconds between two looks for the record of a run that another process computes
-_PAUSES = (2.0, 30.0)  # seconds until such a run is tried again: the first time, and at most
+_LOOK = 2.0  # seconds between two checks for the record of a run that another process computes
+_PAUSES = (2.0, 30.0)  # seconds until such a run is tried again: the first pause, and the longest
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
     """What happened to a run.
 
-    `kind` is "started", "round" or "evaluation" (with its line), "done", "failed" (with the reason), or "there":
-    another sweep did it.
+    `kind` is "started", "round" or "evaluation" (with its line), "done", "failed" (with the reason), or "there"
+    (another process has computed the run).
     """
 
     kind: str
@@ -63,7 +63,7 @@ def plan(
 
 
 def status(run: Experiment, out: Path) -> str | None:
-    """Return "finished", or the status and the reason, of the record of `run` in `out`; None without a record."""
+    """Return "finished", or the status and the reason, from the record of `run` in `out`; None without a record."""
     path = out / run.id / "run.json"
     if not path.exists():
         return None
@@ -75,7 +75,7 @@ def status(run: Experiment, out: Path) -> str | None:
 
 
 def of_other_code(runs: Sequence[Experiment], out: Path) -> dict[str, str]:
-    """Return, by run id, how today's code differs from the code that made the finished records of `runs`."""
+    """Return, by run id, how the present code differs from the code that made the finished records of `runs`."""
     found = {}
     for run in runs:
         record = json.loads((out / run.id / "run.json").read_text(encoding="utf-8"))
@@ -96,13 +96,13 @@ def compute(
 
     An interrupted run continues from its newest checkpoint. The sweep waits for a run that another process computes.
     With `retry`, failed runs are computed again, and interrupted runs from the beginning.
-    Returns the reasons of the runs that failed, by id. A failed run stops no other run.
+    Returns the reasons of the failed runs, by id. The other runs continue after a failure.
     """
     return _Sweep(runs, out, on_event, retry=retry).run(jobs)
 
 
 class _Sweep:
-    """The runs of a sweep: those that wait for a process, those that have one, and those of other processes."""
+    """The runs of a sweep: waiting for a process, active in a process, or computed elsewhere, by other processes."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Sweep:
                     time.sleep(_LOOK)
                 self._look_elsewhere()
         finally:
-            # Their workers end with them. Their checkpoints are good.
+            # Their workers end with them. Their checkpoints are not damaged by this.
             end_children((connection, process) for connection, (_, process) in self._active.items())
         return self._failed
 
@@ -159,8 +159,8 @@ class _Sweep:
         process.join()
         connection.close()
         if kind == "busy":
-            # Only a run's own process tries its lock. A sweep that tried it would hold it for a moment, and a run that
-            # starts in this moment would fail.
+            # Only the process that computes a run tries its lock. If the sweep tried it, it would hold the lock for a
+            # moment, and a run that starts in this moment would fail.
             self._elsewhere.append((run, time.monotonic() + self._pause[run.id]))
             self._pause[run.id] = min(2 * self._pause[run.id], _PAUSES[1])
         else:
@@ -208,10 +208,10 @@ class _Teller(Observer):
 
 
 def _compute(run: Experiment, out: Path, retry: bool, to: Connection) -> None:
-    """Compute one run in a process of its own and send its events."""
-    # It ends with the sweep: alone it would wait forever for a reader of its events, and hold the run's lock.
+    """Compute one run in this child process and send its events."""
+    # The child ends with the sweep: alone it would wait forever for a reader of its events, and hold the run's lock.
     begin_child(signal.SIG_DFL)
-    torch.set_num_threads(1)  # the run's share of the cores; and threads of the sweep's process are not in this one
+    torch.set_num_threads(1)  # the run's share of the cores; a fork also has no threads of the sweep's process
     log = out / ".logs" / f"{run.id}.log"
     log.unlink(missing_ok=True)
     teller = _Teller(to)

@@ -24,9 +24,9 @@ def suites() -> dict[str, Path]:
 class Suite:
     """A grid of runs.
 
-    Every combination of the lists in `grid` is a run with the settings of `base`. Those of `algorithm` for the run's
-    method override the base, and the grid overrides both. `include` adds runs: each entry's settings override the base.
-    `exclude` removes the runs that match all settings of one of its entries. The key `set` holds hyperparameters.
+    Every combination of the lists in `grid` is a run with the settings of `base`. The settings of `algorithm` for the
+    run's method override the base, and the grid overrides both. `include` adds runs: each entry's settings override the
+    base. `exclude` removes the runs that match all settings of one of its entries. The key `set` holds hyperparameters.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -39,7 +39,7 @@ class Suite:
     def from_toml(cls, values: Mapping[str, Any], where: Path) -> "Suite":
         """Return the suite in file `where`, which holds `values`.
 
-        Raises `UsageError` for an unknown table, for one of the wrong shape, and for a name in two spellings.
+        Raises `UsageError` for an unknown table, for a table of the wrong shape, and for a name in two spellings.
         """
 
         def table(settings: Any) -> dict[str, Any]:
