@@ -1,4 +1,4 @@
-"""What the tests of all methods must know of one method. `FACTS` in tests/algorithms/test_<method>.py says it."""
+"""Facts of a method that the tests of all methods need. `FACTS` in tests/algorithms/test_<method>.py declares them."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ MODEL = {"": (BODY + HEAD, BODY + HEAD)}
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts of a method. The defaults are those of a method that trains and exchanges the whole model.
+    """Facts of a method. The defaults fit a method that trains and exchanges the whole model.
 
     bytes: what one client sends and receives in one round, by hyperparameters: "" or "name=value name=value". Write it
         with the names BODY and HEAD, or others of the test file: docs/fidelity.md shows the expressions.
-    variants: hyperparameters with which the method keeps to the contract, too, beside the defaults.
-    samples: how many samples one epoch over 12 samples has in its training losses.
+    variants: more hyperparameters, in addition to the defaults, with which the contract is tested.
+    samples: the number of samples in the training losses of one epoch over 12 samples.
     sensitive: hyperparameters, sizes of the clients and rounds with which every hyperparameter changes the result.
     draws: whether the method uses a random part of the samples, even if they are not shuffled.
-    alone: whether a client is tested without a message of the server.
+    alone: whether a client is evaluated without a message of the server.
     norm: whether the method needs a network with BatchNorm.
     bench: settings with which the benchmark of a round runs the method.
     """

@@ -1,4 +1,4 @@
-"""Write docs/fidelity.md: what each method takes from its paper, and which tests hold it to that.
+"""Write docs/fidelity.md: what each method takes from its paper, and the tests that check it.
 
 Run as `python tests/fidelity.py > docs/fidelity.md`.
 """
@@ -46,7 +46,7 @@ def lines(name: str) -> dict[str, str]:
 
 
 def sent() -> dict[str, tuple[str, str]]:
-    """Return the closed forms of the bytes up and down, by method and setting, from the methods' test files."""
+    """Return the closed forms of the bytes of uploads and downloads, by method and setting, from the test files."""
     (ordinary,) = _assigned(ROOT / "tests" / "facts.py", "MODEL")
     found = {}
     for name in methods():

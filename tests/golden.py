@@ -1,12 +1,13 @@
-"""What every method gives on a small federation: the numbers that no change of the code may move.
+"""The results of every method on a small federation: numbers that no change of the code may change.
 
     python tests/golden.py freeze           write tests/golden.json
     python tests/golden.py refreeze         write the cases of CHANGED again
     python tests/golden.py bits             print the SHA-256 of every state, and the metrics, as JSON
     python tests/golden.py same-as FOLDER   compare with the `bits` of the pflbench in FOLDER (pip install --target)
 
-The federation is float64, its numbers come from NumPy, and the settings make every part of the training loop count. A
-state is known by its tensors and numbers, not by their names: its layout may change, its contents may not.
+The federation is float64, its numbers come from NumPy, and with its settings every part of the training loop changes
+the results. States are compared by their tensors and numbers, not by names: their layout may change, their contents
+may not.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 FORGOTTEN = ("rounds", "draws", "initial")
 
 
-# Cases that give other results than cc204e1 on purpose, and why (CHANGELOG.md announces each).
+# Cases whose results intentionally differ from cc204e1, with the reason (CHANGELOG.md announces each).
 CHANGED = {
     "fedala partial": "with drop_last, training of the weights no longer drops the incomplete batch",
     "fedfomo full": "the server draws which models it sends",

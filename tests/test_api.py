@@ -17,7 +17,7 @@ from pflbench import Federation, Record, RunSpec, UsageError
 from pflbench.core import Replica
 from pflbench.engine.evaluation import Score, summary
 
-# Federations of one's own.
+# Federations of the user.
 
 MODELS = ("own", None)  # fingerprints, which do not matter here
 
@@ -101,7 +101,7 @@ def test_a_run_changes_no_samples_even_if_the_networks_first_layer_works_in_plac
     assert all(map(torch.equal, before, after))
 
 
-# A network of one's own.
+# A network of the user.
 
 
 def test_a_given_network_is_where_the_run_starts_and_is_not_changed():
@@ -307,7 +307,7 @@ def test_other_samples_classes_parameters_or_layers_have_another_id():
     assert three != five  # the head has another size
 
 
-# Who takes part.
+# Client sampling.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whatever is typed: one line that names the value and the remedy, exit code 2, and nothing written."""
+"""Bad input gives one line that names the value and the remedy, exit code 2, and no files."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""A checkout works as it is: pflbench is not installed, and its folders are beside each other."""
+"""A checkout works without an installation: its folders are next to each other."""
 
 import re
 import shutil
@@ -55,7 +55,7 @@ def call(
 
 
 def test_nothing_is_installed(call: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    """Else the other tests here would not tell."""
+    """Otherwise the other tests of this module would prove nothing."""
     done = call("-c", "import torch, pflbench", cwd=tmp_path)
     assert "No module named 'pflbench'" in done.stderr
 

@@ -169,7 +169,7 @@ def test_describe(call: Callable[..., Done], name: str) -> None:
 def finished(
     spawn: Callable[..., Done], quick: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Done, Path]:
-    """The default method and executor, as a process; its output and the folder that it was in."""
+    """Run the default method and executor as a process; return its output and its folder."""
     cwd = tmp_path_factory.mktemp("finished")
     return spawn("run", *quick, "--set", "align-lr=0.02", cwd=cwd), cwd
 

@@ -1,4 +1,4 @@
-"""The verbs of a client, against plain tensors and autograd."""
+"""The functions of a client, compared with plain tensors and autograd."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What every registered method keeps to, whoever wrote it."""
+"""The contract of every registered method, also of other packages' methods."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""The engine: what it refuses, what it asks a method for, and what it writes down."""
+"""The engine: the errors it raises, the functions of a method it calls, and the rows it writes."""
 
 import multiprocessing
 import time
@@ -37,7 +37,7 @@ def _one_line(error):
     return str(error.value)
 
 
-# A method's mistakes are one line each.
+# A method's mistakes: each gives an error of one line.
 
 
 def _train(start=dict, **options):
@@ -193,7 +193,7 @@ class FedAvgThatErrs(FedAvg):
         return super().local_update(client, received, state)
 
 
-# What cannot be run.
+# Runs that are not possible.
 
 
 class _Doubled(nn.Module):
@@ -287,7 +287,7 @@ def test_a_method_refuses_a_federation_before_anything_is_written(methods, tmp_p
     assert _run("disk", "many", tmp_path, sizes=(4, 5, 6)).status == "finished"
 
 
-# What is known before the first round.
+# The setup before the first round.
 
 
 def test_a_setup_says_what_there_is():

@@ -152,7 +152,7 @@ def test_messages_larger_than_a_pipes_buffer_pass_both_ways():
     assert _prints(toy.run("fedavg", executor="processes", workers=2, **kw)) == _prints(serial)
 
 
-# Faults.
+# Errors and dead workers.
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def _raise_odd():
 
 
 def test_an_error_that_cannot_be_sent_arrives_as_its_text(faulty):
-    # It pickles, but cannot be read back: its constructor takes two arguments.
+    # This error can be pickled but not unpickled: its constructor takes two arguments.
     with pytest.raises(TypeError):
         pickle.loads(pickle.dumps(_OddError("cannot", "travel")))
     faulty.fault = _raise_odd
@@ -325,7 +325,7 @@ def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round():
     own = [{"own": torch.full((5,), float(i)), "trained": nn.Parameter(torch.full((9,), float(i)))} for i in range(4)]
 
     def passed(model):
-        """The sizes and the jobs that arrive, of a round in which every client is sent `model` and something else."""
+        """Return the sizes and the jobs received, of a round in which all clients get `model` and other tensors."""
         jobs = [Train(1, i, pflbench.Message({"model": model, "own": own[i]}), {"model": own[i]}) for i in range(4)]
         sent: dict[int, int] = {}
         data = [dumps(job, common(jobs), sent) for job in jobs]
@@ -339,7 +339,7 @@ def test_what_all_clients_are_sent_goes_to_a_worker_once_a_round():
             assert oracle.same(job.received["model"], model)
             assert oracle.same(job.received["own"], own[i])
             assert oracle.same(job.state["model"], own[i])
-        assert len(received) == len(model)  # nothing of the round before, and nothing that is one client's
+        assert len(received) == len(model)  # no tensors of the previous round or of only one client
 
 
 def test_when_several_clients_diverge_the_reason_is_the_first_ones_whoever_is_ready_first():

@@ -1,4 +1,4 @@
-"""docs/fidelity.md says what is in the code."""
+"""docs/fidelity.md agrees with the code."""
 
 import runpy
 from pathlib import Path

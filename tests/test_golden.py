@@ -1,4 +1,4 @@
-"""What every method gives is what it gave at cc204e1: tests/golden.py says how that was written down."""
+"""Every method gives the same results as at cc204e1; tests/golden.py says how these were recorded."""
 
 import json
 
@@ -10,7 +10,7 @@ EXPECTED = json.loads(golden.FILE.read_text(encoding="utf-8"))
 
 def test_every_case_is_in_the_file():
     assert {golden.name(case) for case in golden.cases()} == EXPECTED.keys()
-    assert len({case.split()[0] for case in EXPECTED}) == 22  # methods that came later have nothing to keep to
+    assert len({case.split()[0] for case in EXPECTED}) == 22  # later methods have no results to compare with
 
 
 @pytest.mark.parametrize("case", golden.cases(), ids=golden.name)

@@ -1,4 +1,4 @@
-"""A run keeps its id: every later version finds what cc204e1 wrote."""
+"""The id of a run does not change: every later version finds the records of cc204e1."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Who may import whom: a module sees its own floor and those below, and no folder sees one that sees it."""
+"""The layers: a module imports only from its package and from lower packages, and no packages import each other."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Each room with the rooms it may import, besides itself.
+# Each package, with the other packages that it may import.
 GROUND = {"errors", "rng", "files"}
 BASE = GROUND | {"settings", "spec", "federation", "participation"}
 ROOMS = {
@@ -56,7 +56,7 @@ def imports(path, parts):
 @pytest.mark.parametrize(("path", "parts"), list(modules()), ids=lambda v: ".".join(v) if isinstance(v, list) else "")
 def test_a_module_imports_nothing_from_above(path, parts):
     room = parts[0]
-    if room in ("__init__", "__main__"):  # the user's door
+    if room in ("__init__", "__main__"):  # the entry points may import every package
         return
     allowed = ROOMS[room] | {room}
     for found in imports(path, parts):

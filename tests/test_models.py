@@ -1,4 +1,4 @@
-"""The networks: shapes, names, initial parameters, and what they ask of images."""
+"""The networks: shapes, names, initial parameters, and the images they accept."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The wheel: everything of ours is inside, and nothing of ours is in anybody's way."""
+"""The wheel: it contains all of pflbench, and hides no other package."""
 
 import ast
 import json
@@ -52,7 +52,7 @@ def names(wheel: Path) -> set[str]:
 
 
 def run(site: Path | str, cwd: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command where the wheel stands before everything else."""
+    """Run a command with the wheel first in the import path."""
     env = {**os.environ, "PYTHONPATH": str(site)}
     return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
 

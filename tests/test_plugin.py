@@ -1,4 +1,4 @@
-"""A method in somebody else's package: tests/plugin_example, of which docs/adding-an-algorithm.md tells."""
+"""A method in another package: tests/plugin_example, which docs/adding-an-algorithm.md describes."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_it_runs_in_worker_processes(call: Callable[..., Any], tmp_path: Path) -
 
 @pytest.fixture
 def method(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[pflbench.Algorithm]]:
-    """The example in this process, forgotten afterwards."""
+    """Register the example in this process, and remove it after the test."""
     monkeypatch.syspath_prepend(installed)
     yield registry.algorithm("fedtrim")
     del registry._registered["fedtrim"], sys.modules["pflbench_fedtrim"]
@@ -166,7 +166,7 @@ def test_its_server_reads_every_tensor_of_every_upload_once(
 
 
 def declare(folder: Path, package: str, entry: str) -> Path:
-    """What an installed package leaves behind: its name and an entry point."""
+    """The metadata of an installed package: its name and an entry point."""
     info = folder / f"{package}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")

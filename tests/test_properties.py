@@ -1,4 +1,4 @@
-"""What holds for any settings and any partition: Hypothesis draws them."""
+"""Properties of all settings and all partitions, with examples drawn by Hypothesis."""
 
 import json
 from collections.abc import Callable, Mapping

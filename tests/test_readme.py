@@ -1,4 +1,4 @@
-"""README.md and docs/ say what is so."""
+"""README.md and docs/ agree with the repository."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the registry says of methods, mostly without importing them."""
+"""The registry: it describes methods, mostly without importing them."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs that are killed, and continue."""
+"""Killed runs, and their continuation."""
 
 import ctypes
 import hashlib
@@ -45,7 +45,7 @@ def start(tmp_path):
 
 
 def result(record):
-    """All bytes that must not depend on what happened on the way."""
+    """All bytes that must not depend on interruptions."""
     names = sorted(str(p.relative_to(record.path)) for p in record.path.rglob("*"))
     logs = [
         [json.loads(line) for line in (record.path / name).read_text().splitlines()]
@@ -58,7 +58,7 @@ def result(record):
 
 
 class Seen(pflbench.Observer):
-    """Notes the numbers of the rounds that are trained, and of those that are evaluated."""
+    """Records the numbers of the trained rounds and of the evaluated rounds."""
 
     def __init__(self):
         self.rounds = []
@@ -72,13 +72,13 @@ class Seen(pflbench.Observer):
 
 
 def interrupt(start, out, **settings):
-    """Leave a run with checkpoints of rounds 4 and 5 behind."""
+    """Make an interrupted run with checkpoints of rounds 4 and 5."""
     with pytest.raises(KeyboardInterrupt):
         start("fedas", out, observers=[toy.Stop(5)], **settings)
 
 
 def forked(start, algo, out, **settings):
-    """In a child that was forked from here, where torch's thread pool is not."""
+    """Run in a forked child, which has no threads of torch's pool."""
     torch.set_num_threads(1)
     start(algo, out, **settings)
 
@@ -143,7 +143,7 @@ def test_resume_of_nothing_starts_and_of_a_finished_run_shows_it(start):
 def test_the_evaluation_that_is_pending_follows_from_the_rounds_and_evaluations_that_are_kept(
     start, number, every, evaluated
 ):
-    """After round 4, its evaluation runs beside the training of round 5."""
+    """The evaluation of round 4 runs in parallel with the training of round 5."""
     whole = result(start("fedas", "whole"))
     with pytest.raises(KeyboardInterrupt):
         start("fedas", "out", observers=[toy.Stop(number)], checkpoint_every=every)
@@ -213,7 +213,7 @@ def test_a_damaged_checkpoint_is_found_out_and_the_one_before_is_used(start, tmp
     damage(folder / victim)
     notices = []
     assert result(start("fedas", "out", resume=True, notice=notices.append)) == whole
-    if (victim, damage.__name__) != ("000005.json", "<lambda>"):  # that it is gone cannot be known
+    if (victim, damage.__name__) != ("000005.json", "<lambda>"):  # a missing newest checkpoint cannot be detected
         assert any("round 5 cannot be used" in text and victim in text for text in notices)
     assert any("after round 4" in text for text in notices)
 
@@ -274,7 +274,7 @@ def failure(work):
 
 
 def test_a_state_that_cannot_be_written_is_one_clear_line_and_what_was_written_is_good(start, tmp_path):
-    """RLIMIT_FSIZE stands for the full disk: the system refuses to write more."""
+    """RLIMIT_FSIZE simulates a full disk: the system refuses to write more."""
     whole = result(start("fedas", "whole"))
 
     def limited(pipe):
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_written_is_good(start, tmp_p
     out.mkdir()
 
     def filled(pipe):
-        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS: mounts of its own, which end with it
+        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS: private mounts, which end with this process
             pipe.send(("skip", "mounts need privileges here"))
             return
         for command in ("mount --make-rprivate /", f"mount -t tmpfs -o size=44k none {out}"):
@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_written_is_good(start, tmp_p
 
 
 def kill_at(number, folder):
-    """Have this process killed by SIGKILL when it is about to do its `number`th change below `folder`."""
+    """Kill this process by SIGKILL just before its `number`th change below `folder`."""
     seen = 0
 
     def hook(event, args):
@@ -346,7 +346,7 @@ def kill_at(number, folder):
 def test_a_run_killed_before_any_of_its_writes_ends_with_the_bytes_of_one_that_never_was(
     start, tmp_path, monkeypatch, every, eval_every, poisoned
 ):
-    """One process for each file that is opened, renamed or removed, which it is killed at; then it is resumed."""
+    """For each file that is opened, renamed or removed: kill a process just before, then resume the run."""
     settings = {"rounds": 3, "eval_every": eval_every, "checkpoint_every": every}
     if poisoned:  # the evaluation of the second round diverges
         update = registry.algorithm("fedas").personalise
@@ -388,7 +388,7 @@ def killed_at_every_write(start, tmp_path, algo, *, diverges=False, **settings):
 
 @pytest.mark.parametrize("where", ["server", "initial", "clients", "logs", "link", "folder"])
 def test_a_checkpoint_that_leads_elsewhere_is_refused_and_nothing_there_is_touched(start, tmp_path, where):
-    """Its own hashes are right: whoever wrote it could compute them."""
+    """Its hashes are correct: the author of the file could compute them."""
     interrupt(start, "out")
     (partial,) = tmp_path.glob("out/*.partial")
     folder = partial / "checkpoint"

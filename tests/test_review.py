@@ -1,4 +1,4 @@
-"""Faults that a review found, each shown by the test that failed before."""
+"""Bugs that a review found. Each test failed before its bug was corrected."""
 
 import dataclasses
 import json
@@ -160,7 +160,7 @@ def test_uploads_come_in_the_order_of_the_clients_numbers_however_they_are_asked
 
 
 class Rude(pflbench.Observer):
-    """Changes what it is told, and fails in the end."""
+    """Changes the rows that it gets, and fails in `close`."""
 
     def round(self, row):
         row.clear()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line, the code of the signal, and no process left behind."""
+"""Ctrl-C and SIGTERM: one line, the exit code of the signal, and no remaining processes."""
 
 import contextlib
 import os
@@ -73,11 +73,11 @@ start, kill = BaseProcess.start, BaseProcess.kill
 number = signal.Signals[os.environ["NUMBER"]]
 
 def started(self):
-    start(self)  # nobody knows of the child yet, and it has not set its signals
+    start(self)  # the child is not stored yet, and has not set its signal handlers
     os.killpg(0, number)
 
 def killed(self):
-    os.killpg(0, number)  # again, as `timeout` does it
+    os.killpg(0, number)  # a second signal, as `timeout` sends it
     kill(self)
 
 BaseProcess.start, BaseProcess.kill = started, killed

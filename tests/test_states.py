@@ -1,4 +1,4 @@
-"""States in files: what a method may keep comes back as it was."""
+"""States in files: reading a state gives the same state that was written."""
 
 import hashlib
 import json
@@ -176,7 +176,7 @@ def test_an_upload_that_was_read_stays_though_its_file_is_written_again(tmp_path
     assert torch.equal(before, CONTENT["model"]["a"])
 
 
-# What is no state.
+# Values that are not states.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sweeps: what a suite means, and that every run of it is done once, whatever happens."""
+"""Sweeps: the meaning of a suite, and that each of its runs is computed exactly once, also after errors."""
 
 import json
 import os
@@ -278,7 +278,7 @@ def test_a_failed_run_leaves_its_traceback_in_a_log_that_its_reason_names(planne
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_sweep_takes_no_lock_of_a_run_itself(planned, tmp_path, monkeypatch):
-    """A sweep that did would, for a moment, keep a run that starts from its lock."""
+    """If the sweep tried the lock, a run that starts in that moment could not get it."""
     acquire, here, events = filelock.BaseFileLock.acquire, os.getpid(), []
 
     def acquired(self, *args, **kw):

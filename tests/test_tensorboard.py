@@ -18,7 +18,7 @@ RUN = [
 
 def test_the_curves_are_those_of_the_record(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for rounds in ("2", "2"):  # the second run is anew, and not added to the first
+    for rounds in ("2", "2"):  # the second run replaces the first
         command = [*RUN, "--log", "tensorboard", "--rounds", rounds, "--eval-every", "2", "--force"]
         subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     (folder,) = (tmp_path / "runs" / "tensorboard").iterdir()

@@ -1,4 +1,4 @@
-"""The files of docs/adding-an-algorithm.md work as they stand there."""
+"""The files in docs/adding-an-algorithm.md work without changes."""
 
 import importlib
 import re

@@ -129,7 +129,7 @@ def interrupted(
     return pflbench.run(spec, federation, net(), executor="serial"), resumed
 
 
-# What a method is given.
+# The arguments of a method.
 
 
 def setup(network: pflbench.Net | None = None, *, clients: int = 2, order_seed: int = 0) -> Setup:
@@ -170,7 +170,7 @@ def client(
 
 
 def check_tested(record: pflbench.Record, models: list[list[Params]]) -> None:
-    """Assert that `models[r][i]` is what client i was tested with in round r + 1: by the loss, beside the accuracy."""
+    """Assert by loss and accuracy that `models[r][i]` is the model of client i in the evaluation of round r + 1."""
     data = oracle.arrays()
     for number, (row, own) in enumerate(zip(record.evaluations, models, strict=True), 1):
         tests = [(p, x, y) for p, (_, _, x, y) in zip(own, data, strict=True)]
