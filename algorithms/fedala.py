@@ -62,6 +62,3 @@ class FedALA(FedAvg):
             if len(losses) > 10 and torch.tensor(losses[-10:]).std(correction=0) < 0.1:
                 break
         return mixed(w), w
-
-    def personalise(self, client: Client, received: Message, state: State) -> State:
-        return {"model": state["model"]}

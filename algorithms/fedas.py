@@ -76,9 +76,6 @@ class FedAS(FedPer):
             raise Diverged(f"the Fisher traces of the uploads, {traces}, have no positive finite sum; lower lr")
         return super().aggregate(round, server, uploads)
 
-    def personalise(self, client: Client, received: Message, state: State) -> State:
-        return {"model": state["model"]}
-
 
 def to_prototypes(means: Tensor) -> Loss:
     """Return the alignment loss: the MSE between features and `means`, summed over the classes in a batch."""

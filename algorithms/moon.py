@@ -43,6 +43,3 @@ class Moon(FedAvg):
 
         model = client.sgd(received["model"], loss=loss)
         return Message({"model": model}, weight=client.n), {"previous": model}
-
-    def personalise(self, client: Client, received: Message, state: State) -> State:
-        return {"model": received["model"]}

@@ -41,3 +41,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from: {', '.join(names) or 'none'}"
     return UsageError(f"unknown {kind} {name!r}; {hint}")
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Raise `UsageError` when setting `name` is below 1."""
+    if value < 1:
+        raise UsageError(f"{name}: {value} is out of bounds; it must be >= 1")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -13,7 +14,7 @@ import toy
 from torch import nn
 
 import pflbench
-from pflbench import Federation, Record, RunSpec, UsageError
+from pflbench import Federation, Folder, Record, RunSpec, UsageError
 from pflbench.core import Replica
 from pflbench.engine.evaluation import Score, summary
 
@@ -576,3 +577,12 @@ def test_two_processes_that_start_the_same_run_compute_it_once(tmp_path):
     assert record.status == "finished"
     assert [r["round"] for r in record.rounds] == [1, 2, 3, 4, 5]
     assert len(record.clients) == 10
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"workers": -1}, {"executor": "threads"}])
+def test_an_experiment_is_not_computed_in_a_way_that_does_not_exist(wrong):
+    experiment = pflbench.prepare(toy.spec("fedavg"), toy.federation(), toy.net())
+    with pytest.raises(UsageError):
+        pflbench.run_experiment(experiment, **wrong)
+    with pytest.raises(UsageError, match="checkpoint_every: 0 is out of bounds"):
+        Folder(Path(), checkpoint_every=0)

@@ -378,3 +378,12 @@ def test_every_stream_and_every_pass_over_it_has_its_own_order_of_batches(verb):
     assert len(set(found)) == 4
     again = toy.client(x, y, shuffle=True, local_epochs=1)
     assert [orders(again, "other"), orders(again, "train")] == [found[1], found[0]]
+
+
+def test_a_part_for_all_rounds_is_the_same_in_every_exchange():
+    x, y, _, _ = oracle.arrays((20,))[0]
+    first = toy.client(x, y)
+    second = toy.client(x, y)
+    second._key = (1, 0, 1)
+    a, b = (client.part(0.3, stream="held", every_round=False)[0].y for client in (first, second))
+    assert torch.equal(a, b)

@@ -19,7 +19,7 @@ import toy
 from torch import nn
 
 import pflbench
-from pflbench import Diverged, MethodError, RunError
+from pflbench import Diverged, Federation, Message, MethodError, RunError, register
 from pflbench.algorithms.fedavg import FedAvg
 from pflbench.core import params, registry
 from pflbench.engine import evaluation
@@ -449,3 +449,44 @@ def test_a_model_that_did_not_change_is_not_tested_again_and_the_numbers_are_the
     tested.clear()
     assert _prints(toy.run(algo, **settings)) == _prints(record)
     assert len(tested) == 4 * 6 * (2 if algo == "fedavg" else 1)
+
+
+def images():
+    random = torch.Generator().manual_seed(0)
+    clients = []
+    for n in (9, 7):
+        x, y = torch.randn(n + 6, 3, 16, 16, generator=random), torch.arange(n + 6) % 3
+        clients.append((x[:n], y[:n], x[n:], y[n:]))
+    return Federation.from_arrays(clients, classes=3)
+
+
+def test_a_message_with_gradients_of_a_convolution_gives_the_same_bits_in_memory_and_on_disk(methods, tmp_path):
+    @register("gradnorm")
+    class GradNorm(FedAvg):
+        """Sends a gradient, whose numbers lie in another order in memory than in a file."""
+
+        def local_update(self, client, received, state):
+            model = client.sgd(received["model"])
+            return Message({"model": model, "g": client.grad(model, next(client.batches(stream="g")))}), state
+
+        def aggregate(self, round, server, uploads):
+            norm = sum(t.square().sum() for upload in uploads for t in upload["g"].values())
+            return {**super().aggregate(round, server, uploads), "norm": norm}
+
+    spec = pflbench.RunSpec(algo="gradnorm", clients=2, rounds=2, join_ratio=1.0, batch_size=4, local_epochs=1)
+    memory, disk = (pflbench.run(spec, images(), executor="serial", out=out) for out in (None, tmp_path))
+    assert torch.equal(memory.server["norm"], disk.server["norm"])
+    assert memory.fingerprints == disk.fingerprints
+
+
+def test_bfloat16_is_refused_with_every_executor(methods):
+    @register("half")
+    class Half(FedAvg):
+        """Sends bfloat16."""
+
+        def local_update(self, client, received, state):
+            return Message({"model": {k: t.bfloat16() for k, t in received["model"].items()}}), state
+
+    for executor in ("serial", "processes"):
+        with pytest.raises(MethodError, match=r"the upload of client . has a bfloat16 tensor at 'model/body.0.weight'"):
+            toy.run("half", executor=executor)

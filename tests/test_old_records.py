@@ -1,13 +1,16 @@
 """Records that cc204e1 wrote: they are found, read and compared. tests/reports and tests/store have more."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
+import toy
 from safetensors.torch import save_file
 
 import pflbench
@@ -70,3 +73,21 @@ def test_the_states_of_an_old_record_that_kept_them_are_read(tmp_path):
     assert list(found) == ["model", "mixture", "empty"]
     assert torch.equal(found["model"]["body.0.weight"], torch.ones(2, 2))
     assert found["empty"] == {}
+
+
+def test_the_seconds_of_evaluations_of_an_old_record_are_unknown_and_not_0():
+    (folder, *_) = sorted((Path(__file__).parent / "data" / "schema1").iterdir())
+    assert Record.load(folder).summary["evaluation"] == {"seconds": None, "busy_seconds": None}
+
+
+def test_the_states_of_a_record_whose_checkpoint_has_two_logs_are_read(tmp_path):
+    """So has a record of schema 1."""
+    record = pflbench.run(toy.spec("fedavg"), toy.federation(), toy.net(), executor="serial", out=tmp_path)
+    (path,) = (record.path / "checkpoint").glob("*.json")
+    content = json.loads(json.loads(path.read_text())["content"])
+    del content["logs"]["evaluations.jsonl"]
+    text = json.dumps(content)
+    path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
+    loaded = Record.load(record.path)
+    loaded.load_states()
+    assert oracle.same(loaded.server["model"], record.server["model"])

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -522,3 +523,21 @@ def test_an_evaluation_that_was_cut_short_is_done_again_and_its_round_is_not(sta
     assert result(start("fedavg-ft", "out", resume=True, observers=[seen])) == whole
     assert len(trained) == 4 * 2  # rounds 5 to 8
     assert seen.evaluations == [4, 6, 8]
+
+
+def test_a_forced_run_that_is_killed_while_it_deletes_a_complete_folder_leaves_no_complete_folder(
+    tmp_path, monkeypatch
+):
+    spec = toy.spec("fedavg")
+    record = pflbench.run(spec, toy.federation(), toy.net(), executor="serial", out=tmp_path)
+    partial = tmp_path / f"{record.id}.partial"
+    record.path.rename(partial)
+
+    def killed(path):
+        (Path(path) / "clients.parquet").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pflbench.store.folder.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pflbench.run(spec, toy.federation(), toy.net(), executor="serial", out=tmp_path, force=True)
+    assert not (partial / "run.json").exists()

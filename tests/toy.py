@@ -107,6 +107,19 @@ def run(
     return pflbench.run(wanted, federation, net or net_for(algo), executor=executor, workers=workers)
 
 
+WAYS = ["serial", "processes", "disk"]
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def run_in(way: str, algo: str, tmp_path: Path, sizes: Iterable[int] = (7, 4), **settings: Any) -> pflbench.Record:
+    """Return the record of a run in this process, in worker processes, or in worker processes with files."""
+    sizes = tuple(sizes)
+    wanted = spec(algo, clients=len(sizes), **settings)
+    executor = "serial" if way == "serial" else "processes"
+    out = tmp_path / "runs" if way == "disk" else None
+    return pflbench.run(wanted, federation(sizes), net(), executor=executor, workers=2, out=out)
+
+
 class Stop(pflbench.Observer):
     """Interrupts a run after the training of a round."""
 

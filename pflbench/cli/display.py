@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import rich.box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -29,6 +36,12 @@ def console() -> Console:
     return found
 
 
+def _bar(console: Console, *columns: ProgressColumn, quiet: bool) -> Bar:
+    """Return a progress bar with `columns` and the times; it shows nothing when `quiet` or without a terminal."""
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(compact=True))
+    return Bar(*columns, *times, console=console, disable=quiet or not console.is_terminal)
+
+
 class Progress(Observer):
     """A bar on a terminal, plain lines elsewhere (both on standard error), nothing when `quiet`."""
 
@@ -38,17 +51,8 @@ class Progress(Observer):
         self._rounds = 0
         self._waiting: tuple[str, int] | None = None
         self._console = Console(stderr=True)
-        self._bar = Bar(
-            TextColumn("round"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("accuracy {task.fields[accuracy]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
+        accuracy = TextColumn("accuracy {task.fields[accuracy]}")
+        self._bar = _bar(self._console, TextColumn("round"), MofNCompleteColumn(), BarColumn(), accuracy, quiet=quiet)
 
     def close(self) -> None:
         """End the bar."""
@@ -98,16 +102,8 @@ class Sweeping:
         self._ended = 0
         self._quiet = quiet
         self._console = Console(stderr=True)
-        self._bar = Bar(
-            TextColumn("runs {task.fields[runs]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
+        percentage = TextColumn("{task.percentage:.0f} %")
+        self._bar = _bar(self._console, TextColumn("runs {task.fields[runs]}"), BarColumn(), percentage, quiet=quiet)
         if not quiet:
             self._print(counts(found))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pflbench.cli import options
-from pflbench.errors import PflbenchError, UsageError, unknown
+from pflbench.errors import PflbenchError, UsageError, at_least_one, unknown
 from pflbench.sweep.suite import Suite, labels, suites
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def command(
         raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
     folder = options.folder("out", out)
     count = cores() if jobs is None else options.integer("jobs", jobs)
-    if count < 1:
-        raise UsageError(f"jobs: {count} is out of bounds; it must be >= 1")
+    at_least_one("jobs", count)
     data = options.data_folder(data_dir)
 
     from pflbench.sweep import runner

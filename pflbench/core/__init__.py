@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pflbench.core.algorithm import Algorithm, Cohort, Message, Round, Setup, Upload, each, mean, need_features
+    from pflbench.core.algorithm import Algorithm, Cohort, Message, Round, Setup, Upload, mean, need_features
     from pflbench.core.client import Client, class_counts, prototypes
     from pflbench.core.device import Replica
     from pflbench.core.models import Net
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pflbench.core.algorithm": (
-        "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "each", "mean", "need_features",
+        "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "need_features",
     ),
     "pflbench.core.client": ("Client", "class_counts", "prototypes"),
     "pflbench.core.device": ("Replica",),
@@ -37,7 +37,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022
-    "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "each", "mean", "need_features", "Client",
+    "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "need_features", "Client",
     "class_counts", "prototypes", "Replica", "Net", "Params", "State", "average", "body", "distance", "head",
     "linear_head", "zeros_like", "register", "SGD", "Batch", "Loss", "Transform", "cross_entropy", "proximal",
     "Diverged", "UsageError", "setting",

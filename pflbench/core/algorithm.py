@@ -4,7 +4,7 @@ An instance holds its hyperparameters and nothing else. Inputs are values: no fu
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -214,9 +214,4 @@ def need_features(method: Algorithm, setup: Setup) -> None:
 
 def mean(uploads: Sequence[Upload], part: str, *, equal: bool = False) -> Params:
     """Return the mean of a part of the uploads, weighted by their weights, or with `equal` weights."""
-    return average(each(uploads, part), [1.0 if equal else upload.weight for upload in uploads])
-
-
-def each(uploads: Sequence[Upload], part: str) -> Iterator[Params]:
-    """Yield a part of every upload, one at a time."""
-    return (upload[part] for upload in uploads)
+    return average((upload[part] for upload in uploads), [1.0 if equal else upload.weight for upload in uploads])

@@ -127,7 +127,7 @@ class Client:
         samples = 0
         with self._counted(net):
             for index in self._order(config, stream):
-                batch = Batch(self._replica.batch(x, index), self.y[index], index, stream)
+                batch = self._batch(x, index, stream)
                 with self._replica.forward():
                     value = loss(step_net, batch)
                 self._check_scalar(value)
@@ -176,7 +176,7 @@ class Client:
         optimiser = Optimiser(config)
         now = start
         for indices in zip(*[iter(self._order(config, stream))] * batches, strict=False):
-            drawn = [Batch(self._replica.batch(self._x, index), self.y[index], index, stream) for index in indices]
+            drawn = [self._batch(self._x, index, stream) for index in indices]
             change = direction(now, *drawn)
             buffers = {name: t for name, t in self._replica.statistics().items() if name in now}
             now = now | buffers | optimiser.stepped(change, now)
@@ -188,7 +188,7 @@ class Client:
         """Yield the training data once, in batches. `config`, by default the protocol, gives their size and order."""
         once = dataclasses.replace(config or self.protocol, epochs=1)
         for index in self._order(once, stream):
-            yield Batch(self._replica.batch(self._x, index), self.y[index], index, stream)
+            yield self._batch(self._x, index, stream)
 
     def grad(
         self,
@@ -288,6 +288,10 @@ class Client:
         with self._counted(net), torch.no_grad(), self._replica.forward():
             found = torch.cat([net.body(self._replica.batch(self._x, rows)) for rows in chunks(self.n)])
         return found.to(self._replica.dtype)
+
+    def _batch(self, x: Tensor, index: Tensor, stream: str) -> Batch:
+        """Return the batch of the rows `index` of `x`, the client's samples or their features."""
+        return Batch(self._replica.batch(x, index), self.y[index], index, stream)
 
     def _order(self, config: SGD, stream: str) -> Iterator[Tensor]:
         """Yield the rows of each batch. Every pass over a stream in a round has another order."""

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from pflbench.errors import UsageError
 from pflbench.federation import Federation
 from pflbench.settings import fields
 from pflbench.spec import RunSpec
+from pflbench.store.memory import Notice
 from pflbench.store.provenance import source_fingerprint
-
-Notice = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)

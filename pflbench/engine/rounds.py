@@ -69,12 +69,12 @@ class Rounds:
             if training:
                 assert cohort.round is not None  # noqa: S101
                 try:
-                    server = self._experiment.algorithm.play(cohort.round, cohort.named(server), cohort)
+                    server = self._experiment.algorithm.play(cohort.round, _named(server), cohort)
                 except Exception as error:  # raised below, after the evaluation of the previous round
                     failure = error
             results = cohort.evaluated()
         if results:
-            self._finish_evaluation(number - 1, results, cohort.seconds(Evaluated))
+            self._finish_evaluation(number - 1, results, cohort.evaluation_seconds)
         if failure is not None:
             with _round_named(number):
                 raise failure
@@ -82,7 +82,7 @@ class Rounds:
             server = plain(server)
             check_state(server, "the server's state")
             record.server = server
-            self._finish_round(number, cohort)
+            self._finish_round(cohort)
 
     def _round(self, number: int) -> Round:
         return Round(number, tuple(participants(self._record.spec, number)), self._experiment.setup)
@@ -90,7 +90,7 @@ class Rounds:
     def _evaluations(self) -> list[Evaluate]:
         number = len(self._record.rounds)
         round_, algorithm = self._round(number), self._experiment.algorithm
-        server = Parts(self._record.server, "the server's state")
+        server = _named(self._record.server)
         model = algorithm.global_model(server)
         if model is not None and model.keys() != self._experiment.setup.model.keys():
             model = None
@@ -117,17 +117,18 @@ class Rounds:
         self._log.add_evaluation(row, clients)
         self._observer.evaluation(dict(row))
 
-    def _finish_round(self, number: int, cohort: "_Cohort") -> None:
+    def _finish_round(self, cohort: "_Cohort") -> None:
+        assert cohort.round is not None  # noqa: S101
         counts = [counts for counts, _ in cohort.trained]
         samples = sum(c.samples for c in counts)
         row: Row = {
-            "round": number,
-            "participants": list(self._round(number).cohort),
+            "round": cohort.round.number,
+            "participants": list(cohort.round.cohort),
             "train_loss": sum(c.loss_sum for c in counts) / samples if samples else None,
             "bytes_up": cohort.bytes_up,
             "bytes_down": cohort.bytes_down,
             **_work(counts),
-            "seconds": round(cohort.seconds(Trained), 3),
+            "seconds": round(cohort.training_seconds, 3),
             "busy_seconds": round(sum(seconds for _, seconds in cohort.trained), 3),
         }
         self._states.changed.update(cohort.states)
@@ -165,17 +166,13 @@ class _Cohort:
         self._evaluated: list[Evaluated | Exception] = []
         self._exchanges: dict[int, int] = {}
         self._began = time.perf_counter()
-        self._evaluating = 0.0  # wall seconds that belong to the evaluation
-
-    def named(self, server: State) -> State:
-        """Return the server's state as `Parts`: a missing part raises an error that names the existing parts."""
-        return Parts(server, "the server's state")
+        self.evaluation_seconds = 0.0  # wall seconds that belong to the evaluation
 
     def update(self, server: State, clients: Sequence[int] | None = None) -> list[Upload]:
         """See `pflbench.core.algorithm.Cohort.update`."""
         assert self.round is not None  # noqa: S101
         chosen = sorted(self.round.cohort if clients is None else clients)
-        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(self._clients):
+        if len(set(chosen)) < len(chosen) or not all(client in range(len(self._clients)) for client in chosen):
             raise MethodError(f"update: the clients {chosen} are not different clients of the federation")
         jobs = [self._job(server, client) for client in chosen]
         self.bytes_down += sum(job.received.nbytes for job in jobs)
@@ -191,7 +188,7 @@ class _Cohort:
 
     def _job(self, server: State, client: int) -> Train:
         assert self.round is not None  # noqa: S101
-        sent = self._experiment.algorithm.broadcast(self.round, self.named(server), client)
+        sent = self._experiment.algorithm.broadcast(self.round, _named(server), client)
         state = self.states.get(client, self._clients.stored(client))
         received = Message(plain(sent.content), sent.weight)
         return Train(self.round.number, client, received, state, self._exchanges.get(client, 0))
@@ -208,7 +205,7 @@ class _Cohort:
         busy, evaluating = (
             sum(r.seconds for r in group if not isinstance(r, Exception)) for group in (results, evaluated)
         )
-        self._evaluating += seconds * evaluating / busy if busy else 0.0
+        self.evaluation_seconds += seconds * evaluating / busy if busy else 0.0
         return trained  # type: ignore[return-value]
 
     def evaluated(self) -> list[Evaluated | Exception]:
@@ -217,9 +214,15 @@ class _Cohort:
             self._map([])
         return self._evaluated
 
-    def seconds(self, kind: type[Trained] | type[Evaluated]) -> float:
-        """Return the wall seconds so far of training (`Trained`) or of the evaluation (`Evaluated`)."""
-        return self._evaluating if kind is Evaluated else time.perf_counter() - self._began - self._evaluating
+    @property
+    def training_seconds(self) -> float:
+        """Wall seconds so far that belong to training and to the server."""
+        return time.perf_counter() - self._began - self.evaluation_seconds
+
+
+def _named(server: State) -> State:
+    """Return the server's state as `Parts`: a missing part raises an error that names the existing parts."""
+    return Parts(server, "the server's state")
 
 
 def _work(counts: list[Counts]) -> dict[str, int]:

@@ -9,15 +9,15 @@ from pflbench.core.params import State
 from pflbench.engine.cores import cores
 from pflbench.engine.executors import EXECUTORS
 from pflbench.engine.executors.base import one_thread
-from pflbench.engine.experiment import Experiment, Notice, prepare
+from pflbench.engine.experiment import Experiment, prepare
 from pflbench.engine.observers import Observer, Observers
 from pflbench.engine.rounds import Rounds
 from pflbench.engine.work import Work
-from pflbench.errors import UsageError, unknown
+from pflbench.errors import at_least_one, unknown
 from pflbench.federation import Federation
 from pflbench.spec import RunSpec
 from pflbench.store.folder import Folder
-from pflbench.store.memory import Memory, Store
+from pflbench.store.memory import Memory, Notice, Store
 from pflbench.store.provenance import machine, versions
 from pflbench.store.record import Record
 from pflbench.store.states import check_state
@@ -95,7 +95,6 @@ def check_execution(executor: str, workers: int | None, checkpoint_every: int = 
     """Raise `UsageError` for an unknown executor, or a number of workers or of rounds below 1."""
     if executor not in EXECUTORS:
         raise unknown("executor", executor, EXECUTORS)
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers: {workers} is out of bounds; it must be >= 1")
-    if checkpoint_every < 1:
-        raise UsageError(f"checkpoint_every: {checkpoint_every} is out of bounds; it must be >= 1")
+    if workers is not None:
+        at_least_one("workers", workers)
+    at_least_one("checkpoint_every", checkpoint_every)

@@ -6,6 +6,7 @@ A job carries everything that its result depends on, so any worker can compute i
 import copy
 import dataclasses
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,12 @@ class Work:
     def __init__(self, experiment: Experiment, states: Path | None) -> None:
         self.experiment = experiment
         self.states = states
-        self.replica = Replica(copy.deepcopy(experiment.net), experiment.spec.precision)
         self._digests: dict[int, tuple[Tensor, str]] = {}
+
+    @cached_property
+    def replica(self) -> Replica:
+        """The copy of the network in this process, made when the first job needs it."""
+        return Replica(copy.deepcopy(self.experiment.net), self.experiment.spec.precision)
 
     def private(self) -> "Work":
         """Return the same work with another copy of the network."""
@@ -118,12 +123,14 @@ class Work:
         message, state = self._updated(client, job)
         check_state(message.content, f"the upload of client {job.client}")
         check_state(state, f"the state of client {job.client}")
-        content: State = plain(message.content)
-        new_state: State | StateRef = plain(state)
-        if self.states is not None:
+        content: State
+        new_state: State | StateRef
+        if self.states is None:
+            content, new_state = plain(message.content), plain(state)
+        else:
             new_state = save_state(state, self.states, f"{job.client:06}-{job.round:06}.safetensors")
             path = self.states / f"upload-{job.client:06}-{job.exchange}.safetensors"
-            content = UploadFile.write(content, path)
+            content = UploadFile.write(message.content, path)
         upload = Upload(content, message.weight, job.client)
         return Trained(upload, message.nbytes, new_state, client.counts, time.perf_counter() - began)
 

@@ -12,14 +12,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pflbench import files
-from pflbench.errors import RunBusy, RunError, UsageError
+from pflbench.errors import RunBusy, RunError, at_least_one
 from pflbench.store import schema
 from pflbench.store.checkpoint import LOGS, Checkpoint, checkpoints
+from pflbench.store.memory import Notice
 from pflbench.store.provenance import outdated
 from pflbench.store.record import Record, Row
 from pflbench.store.states import ClientStates, StateRef, load_state, save_state
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from pflbench.core.algorithm import Algorithm
     from pflbench.core.params import State
-
-Notice = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +48,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         """Raise `UsageError` when `checkpoint_every` is below 1."""
-        if self.checkpoint_every < 1:
-            raise UsageError(f"checkpoint_every: {self.checkpoint_every} is out of bounds; it must be >= 1")
+        at_least_one("checkpoint_every", self.checkpoint_every)
 
     def find(self, run: str, algorithm: "Algorithm", notice: Notice) -> Record | None:
         """Return the record of `run` if the run needs no computing, else None.
@@ -81,10 +79,10 @@ class Folder:
         try:
             with lock(self.out, record.id).acquire(timeout=0):
                 writer = Writer(self, record)
-                # An earlier process may have been killed between the last write and the rename.
-                if not self.force and (writer.publish_complete() or self.find(record.id, algorithm, lambda _: None)):
-                    found = self.find(record.id, algorithm, notice)
-                    assert found is not None  # noqa: S101
+                if not self.force:
+                    # An earlier process may have been killed between the last write and the rename.
+                    writer.publish_complete()
+                if found := self.find(record.id, algorithm, notice):
                     yield found
                 else:
                     with files.writing(writer.folder):
@@ -244,13 +242,11 @@ class Writer:
         record.client_states.folder = self._final / "checkpoint"
         record.path = self._final
 
-    def publish_complete(self) -> bool:
-        """Rename a complete folder to its final name; return whether there was one."""
-        complete = (self.folder / "run.json").exists()
-        if complete:
+    def publish_complete(self) -> None:
+        """Rename the folder to its final name if it is complete."""
+        if (self.folder / "run.json").exists():
             with files.writing(self.folder):
                 self._publish()
-        return complete
 
     def _publish(self) -> None:
         old = self._final.with_suffix(".old")

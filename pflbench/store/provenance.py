@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pflbench.core.algorithm import Algorithm
 
 
-_ROOMS = ("core", "engine", "store")  # no result depends on the others
+_PACKAGES = ("core", "engine", "store")  # no result depends on the others
 
 
 def versions() -> dict[str, str]:
@@ -77,7 +77,7 @@ def source_fingerprint(algorithm: "Algorithm") -> str:
     """Return the fingerprint of a method's source: the modules of its classes, and all code that computes a run."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *(p for room in _ROOMS for p in (root / room).rglob("*.py"))]):
+    for path in sorted([*root.glob("*.py"), *(p for package in _PACKAGES for p in (root / package).rglob("*.py"))]):
         digest.update(path.read_bytes())
     for cls in type(algorithm).__mro__[:-1]:
         try:

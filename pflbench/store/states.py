@@ -52,12 +52,12 @@ def _check(tree: Mapping[Any, Any], owner: str, path: tuple[str, ...]) -> None:
 
 def digest(state: State) -> str:
     """Return the SHA-256 of the file in which `save_state` would save a state."""
-    return hashlib.sha256(_encode(state)).hexdigest()
+    return hashlib.sha256(_encode(state)[0]).hexdigest()
 
 
 def save_state(state: State, folder: Path, file: str) -> StateRef:
     """Write `state` to `folder/file`."""
-    data = _encode(state)
+    data, _ = _encode(state)
     with files.writing(folder):
         files.write(folder / file, data)
     return StateRef(file, hashlib.sha256(data).hexdigest())
@@ -83,10 +83,10 @@ class UploadFile(Mapping[Any, Any]):
     @classmethod
     def write(cls, content: State, path: Path) -> "UploadFile":
         """Write `content` to file `path`."""
-        keys = _keys(content)
+        data, tree = _encode(content)
         with files.writing(path.parent):
-            files.write(path, _encode(content))
-        return cls(path, _shape(content, keys))
+            files.write(path, data)
+        return cls(path, tree)
 
     def __len__(self) -> int:
         return len(self._tree)
@@ -144,11 +144,13 @@ def _shape(tree: Any, keys: Mapping[tuple[str | int, ...], str], path: tuple[str
     return {"t": keys[path]} if isinstance(tree, Tensor) else {"n": tree}
 
 
-def _encode(state: State) -> bytes:
+def _encode(state: State) -> tuple[bytes, dict[str, Any]]:
+    """Return the contents of a state's file, and its tree as the metadata has it."""
     keys = _keys(state)
+    tree = _shape(state, keys)
     # Cloned because safetensors refuses tensors that share memory.
     tensors = {keys[path]: leaf.contiguous().clone() for path, leaf in leaves(state) if isinstance(leaf, Tensor)}
-    return save(tensors, metadata={"tree": json.dumps(_shape(state, keys))})
+    return save(tensors, metadata={"tree": json.dumps(tree)}), tree
 
 
 def _tree(metadata: Mapping[str, str], names: list[str]) -> Any:
