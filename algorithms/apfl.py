@@ -4,8 +4,11 @@ Paper: Deng, Kamani, Mahdavi, "Adaptive Personalized Federated Learning", 2020, 
 Algorithm 1, Local Descent APFL: with one batch, w_i steps along the gradient of f_i(w_i), and v_i along the gradient
 with respect to v_i of f_i(alpha v_i + (1 - alpha) w_i); the server takes the plain mean of the w_i. Equation (10) is
 the step of alpha along its own gradient, <v_i - w_i, grad f_i at the mixture>, if `adaptive`.
+Family: personal model beside the global one.
 Personal: v_i and alpha.
 Evaluated: the mixture of the client's v_i with the received global model. The global model, too.
+Reported: the mixture; the authors' code evaluates it before the averaging, so neither the deployed model nor the own
+one.
 Deviations: the authors' code evaluates the mixture with the client's w_i from before the averaging; ours takes the
 received model. Their code computes v's gradient after w's step; ours computes both gradients at the same point. alpha
 is 0.5 and fixed by default, as in their code. If adaptive, alpha takes one step a round, before the training, on a

@@ -5,8 +5,10 @@ https://arxiv.org/abs/2212.01197; Algorithm 1, whose lines 6 to 16 are the local
 personal + (received - personal) * W, the other layers are the received ones. W starts as ones. SGD trains it on a
 random share of the samples and clips it to [0, 1]: until it converges the first time, and for one epoch in every later
 round.
+Family: mixture of models.
 Personal: W, and the client's model after training, which is also uploaded.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
+Reported: the deployed model, which is also the client's own model.
 Deviations: W has converged, as in the authors' code, when the last ten losses have a standard deviation below 0.1; our
 losses are over the share, theirs over the last batch, and we stop at 100 epochs. Their code also mixes for absent
 clients, and evaluates mixtures. As in their code, a received model that equals the client's is not mixed, and the

@@ -4,8 +4,10 @@ Paper: Huang et al., "Personalized Cross-Silo Federated Learning on Non-IID Data
 https://arxiv.org/abs/2007.03797; Algorithm 1 with A(t) = 1 - exp(-t / sigma). The cloud model of client i is
 u_i = (1 - sum_j xi_ij) w_i + sum_j xi_ij w_j over the others j, with xi_ij = alpha_k A'(||w_i - w_j||^2); the client's
 model becomes argmin_w F_i(w) + lambda / (2 alpha_k) ||w - u_i||^2.
+Family: mixture of models.
 Personal: the whole model; the server keeps the last upload of every client.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
+Reported: the deployed model, which is also the client's own model.
 Deviations: the argmin is approximated by the protocol's SGD, which starts at u_i. In the paper all clients take part.
 With partial participation the server uses each absent client's last upload; clients that never participated receive no
 attention. The default of sigma is ours: it makes the largest attention, alpha_k / sigma, 0.01. The pull of a step goes

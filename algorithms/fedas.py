@@ -5,8 +5,10 @@ Parameter alignment: p_c is the mean feature of the client's samples of class c 
 body phi descends the sum over the classes c in a batch of MSE(phi(x_c), p_c). Then body and personal head train
 together. Client synchronisation: the server's body is sum_k F_k phi_k / sum_j F_j over the round's uploads, where F_k
 is the trace of client k's Fisher information after its training.
+Family: personal part of the network.
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
+Reported: the deployed model, which is also the client's own model.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over
 batches of the squared norm of the gradient of the batch's mean loss, which grows with the client's samples. We align a
 copy of the received body. The authors' code aligns the server's model in place, so each client starts from the body

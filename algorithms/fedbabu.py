@@ -3,9 +3,11 @@
 Paper: Oh, Kim, Yun, "FedBABU: Toward Enhanced Representation for Federated Image Classification", ICLR 2022,
 https://arxiv.org/abs/2106.06042; Algorithm 1: body update (the head's learning rate is 0) and body aggregation; then
 personalisation by fine-tuning, for 5 epochs in the paper's tables.
+Family: personal part of the network.
 Personal: nothing between rounds; the head is never sent, because it is the same for all clients and never changes.
 Evaluated: the averaged body and the initial head, after `ft_epochs` epochs of the protocol's SGD on the client's
 training data, at the round's learning rate.
+Reported: the deployed model.
 Deviations: `ft_part` is by default the whole network, as in the authors' evaluation code (a notebook), which tunes body
 and head at one learning rate; the paper's abstract speaks of the head (`ft_part=head`). The average is weighted by
 samples; the authors' code takes the plain mean, and its clients have equal numbers of samples.

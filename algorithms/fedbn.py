@@ -3,8 +3,10 @@
 Paper: Li, Jiang, Zhang, Kamp, Dou, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR
 2021, https://arxiv.org/abs/2102.07623; the algorithm FedBN: local training of the whole network, then the plain mean
 over clients, with equal weights, of every layer that is not BatchNorm.
+Family: personal part of the network.
 Personal: the parameters and the running statistics of BatchNorm layers, which are the layers with a `running_mean`.
 Evaluated: the averaged layers with the client's personal BatchNorm.
+Reported: the deployed model.
 Deviations: in the paper all clients take part. Here an absent client combines its last BatchNorm with newer shared
 layers; before its first participation, its BatchNorm is the initial one.
 """

@@ -4,8 +4,10 @@ Paper: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2
 Algorithm 1: client k minimises L_k(w) - <g_k, w> + alpha / 2 ||w - w^{t-1}||^2; g_k <- g_k - alpha (w_k - w^{t-1}), its
 estimate of its gradient at w_k; the server, of m clients in all, h <- h - alpha / m sum_k (w_k - w^{t-1}) over those
 that took part, and w^t = mean_k w_k - h / alpha, with equal weights.
+Family: one global model.
 Personal: the client's g_k.
 Evaluated: the server's w^t. The authors' code also evaluates means of the clients' models.
+Reported: the deployed model.
 Deviations: the protocol's local epochs approximate the minimiser, as in the authors' code; their code divides alpha by
 the client's relative number of samples, Algorithm 1 does not. alpha comes from their example. Buffers are averaged.
 """

@@ -6,8 +6,10 @@ model before its last training, and theta_n are the clients' last models, client
 w_n = (L(theta) - L(theta_n)) / ||theta_n - theta||, and w*_n = max(w_n, 0) / sum_m max(w_m, 0), training starts from
 theta + sum_n w*_n (theta_n - theta). Row i of the affinity matrix P grows by w_n; the server sends client i the models
 that have the highest affinity; each of them is, with probability epsilon, a random one instead.
+Family: mixture of models.
 Personal: the whole model; the server keeps the last upload of every client.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
+Reported: the deployed model, which is also the client's own model.
 Deviations: L is the loss on a fixed share of the training samples. As in the authors' code, the client trains only on
 the other samples, so on fewer than with other methods. In its first round, a client trains without mixing. P grows by
 w_n; the authors' code divides w_n by |sum_m w_m| first. Our norm is Euclidean; theirs is L1 by default. In their code,

@@ -4,9 +4,11 @@ Paper: Tan et al., "FedProto: Federated Prototype Learning across Heterogeneous 
 https://arxiv.org/abs/2105.00243; section Problem Setting: prototypes, and inference by the nearest one; Methodology:
 their aggregation, equation (6), and the local loss, cross-entropy plus lambda times the distance to the global
 prototypes.
+Family: prototypes.
 Personal: the whole model. Clients upload only prototypes and counts, with zeros for classes without samples.
 Evaluated: the client's body f with argmin_j |f(x) - C_j| over the client's classes, where C_j are the global
 prototypes. Its logits are -|f(x) - C_j|^2, and -inf for other classes. Without any C_j, the personal head predicts.
+Reported: the deployed model.
 Deviations: the distance in the loss is the mean square over features of a sample to its class's prototype, as in the
 authors' code, where lambda is 1 (0.1 in its command for CIFAR-10); the paper takes class means. Weights are counts
 alone; the paper also divides by the number of clients, which would shrink prototypes; the authors' code takes the plain

@@ -2,8 +2,10 @@
 
 Paper: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, https://arxiv.org/abs/1812.06127;
 Algorithm 2: client k minimises h_k(w; w^t) = F_k(w) + mu / 2 ||w - w^t||^2, inexactly.
+Family: one global model.
 Personal: nothing.
 Evaluated: the global model.
+Reported: the deployed model.
 Deviations: the inexact minimiser is the protocol's local epochs, the same for all clients; there are no stragglers.
 Clients are sampled uniformly and weighted by their samples, as in the paper's experiments (Section 5.1); Algorithm 2
 samples them in proportion and takes the plain mean. The paper tunes mu for each data set, from 0.001 to 1; our default

@@ -4,9 +4,11 @@ Paper: Chen, Chao, "On Bridging Generic and Personalized Federated Learning for 
 https://arxiv.org/abs/2107.00778; Fed-RoD with a linear personalised head and the balanced softmax: of client m, with
 N_c samples of class c, the generic logits g(z) minimise -log(N_y^gamma exp g_y / sum_c N_c^gamma exp g_c), and the
 personalised head h_m minimises the cross-entropy of g(z) + h_m(z), with g and z held fixed.
+Family: personal part of the network.
 Personal: the personalised head.
 Evaluated: the received generic model and the client's personalised head. Both heads are linear, so the sum of their
 logits is one linear head with the sum of their weights. The received model alone is the global model.
+Reported: the deployed model.
 Deviations: the personalised head starts at zero, so that an untrained client has the generic model; other suites start
 it as a copy of the initial head. A class without samples on the client has weight 0 in the sum above; it is never a
 label, so log 0 does not occur.

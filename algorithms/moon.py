@@ -3,8 +3,10 @@
 Paper: Li, He, Song, "Model-Contrastive Federated Learning", CVPR 2021, https://arxiv.org/abs/2103.16257; Algorithm 1:
 the client minimises cross-entropy + mu l_con, l_con = -log(e^{s_glob} / (e^{s_glob} + e^{s_prev})), where s is the
 cosine of its features with those under the received model and under its previous local model, divided by tau.
+Family: one global model.
 Personal: nothing that is evaluated; a client keeps its previous local model.
 Evaluated: the global model.
+Reported: the deployed model.
 Deviations: the paper's networks have a projection head before the classifier, and the paper compares its outputs. Our
 networks have none, so that all methods train the same network: we compare the outputs of the body. Before its first
 participation a client's previous model is the initial model; in the authors' code it is another random model. mu and

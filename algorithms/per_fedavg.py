@@ -5,9 +5,11 @@ Meta-Learning Approach", NeurIPS 2020, https://arxiv.org/abs/2002.07948; Algorit
 mean of F_i(w) = f_i(w - alpha grad f_i(w)). Its gradient has the product of a Hessian with a vector: `exact` computes
 it by double backward; the paper's approximation `hf` takes the difference of two gradients, `fo` leaves the Hessian
 out. The batches of a step are independent; the server takes the plain mean. beta is the protocol's learning rate.
+Family: fine-tuning and meta-learning.
 Personal: nothing between rounds.
 Evaluated: the received model after one step alpha grad f_i, over all of the client's training data (with drop_last,
 without the last incomplete batch), in evaluation mode. The received model itself is the global model.
+Reported: the deployed model.
 Deviations: steps are counted in epochs: a batch serves one of the two (fo) or three (hf, exact) gradients of one step.
 On a network of ReLUs the difference of gradients crosses kinks: at the default delta it missed the exact product by a
 median of 76 % over 12 draws. hf is the default nevertheless, because the paper's experiments use it; exact follows the

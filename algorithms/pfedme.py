@@ -4,8 +4,10 @@ Paper: T. Dinh, Tran, Nguyen, "Personalized Federated Learning with Moreau Envel
 https://arxiv.org/abs/2006.08848; Algorithm 1: on each batch, K gradient steps towards the minimum over theta of
 h_i = f_i(theta) + lambda/2 |theta - w|^2, equation (7), then w_i steps along lambda (w_i - theta), line 8; the server
 takes (1 - beta) w + beta times the plain mean of the w_i.
+Family: personal model beside the global one.
 Personal: theta, the client's personal model.
 Evaluated: theta after the last batch; before its first participation, the initial model. The global model, too.
+Reported: the deployed model.
 Deviations: in the paper all clients train in every round, and some of them upload; here only the participants train,
 and all of them upload. As in the authors' code, theta starts a round at the received model, and each batch continues
 from theta of the previous batch. lambda, K, beta and the learning rate of theta are the defaults of their code; we omit

@@ -4,8 +4,10 @@ Paper: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federa
 https://arxiv.org/abs/1910.06378; Algorithm 1 with option II: K steps y_i <- y_i - eta_l (g_i(y_i) - c_i + c), then
 c_i+ = c_i - c + (x - y_i) / (K eta_l); the server x <- x + eta_g mean(y_i - x), c <- c + |S| / N mean(c_i+ - c_i) over
 the |S| of N clients that took part, with equal weights.
+Family: one global model.
 Personal: the client's control variate.
 Evaluated: the global model.
+Reported: the deployed model.
 Deviations: K is the number of steps in the protocol's local epochs, so it depends on the client's samples; the paper
 has one K for all. The paper's steps have no momentum; with momentum, (x - y_i) / (K eta_l) is not the mean gradient.
 Buffers have no gradients: they are averaged, and their control variates are zeros.

@@ -5,16 +5,15 @@ Run as `python tests/fidelity.py > docs/fidelity.md`.
 
 import ast
 import importlib
-import re
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from pflbench.core import registry
+from pflbench.core import description, registry
+from pflbench.core.description import LINES
 
 ROOT = Path(__file__).parents[1]
-LINES = ("Paper", "Personal", "Evaluated", "Deviations")  # of a method's docstring; the last one may be missing
 INTRODUCTION = """\
 # Fidelity
 
@@ -38,11 +37,8 @@ def methods() -> list[str]:
 
 
 def lines(name: str) -> dict[str, str]:
-    """Return the text of each of `LINES` in the docstring of method `name`; the first line, too, as "Title"."""
-    text = importlib.import_module(registry.algorithm(name).__module__).__doc__ or ""
-    parts = re.split(rf"^({'|'.join(LINES)}): ", text, flags=re.MULTILINE)
-    found = {"Title": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
-    return {label: " ".join(part.split()) for label, part in found.items()}
+    """Return the labelled lines of the docstring of method `name`."""
+    return description.lines(importlib.import_module(registry.algorithm(name).__module__).__doc__ or "")
 
 
 def sent() -> dict[str, tuple[str, str]]:

@@ -151,7 +151,7 @@ def test_describe(call: Callable[..., Done], name: str) -> None:
     assert (done.code, done.err) == (0, "")
     text = done.out.splitlines()
     assert text[0] == registry.algorithms()[name]
-    for word in ("Paper: ", "Personal: ", "Evaluated: "):
+    for word in ("Paper: ", "Family: ", "Personal: ", "Evaluated: ", "Reported: "):
         assert sum(line.startswith(word) for line in text) == 1
     known = registry.describe(name).hyperparameters
     last = text[text.index("Hyperparameters (--set name=value):" if known else "Hyperparameters: none.") + 1 :]

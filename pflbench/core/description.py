@@ -23,6 +23,17 @@ class UnreadableError(Exception):
     """A file's text is not enough: it computes a value that must be a literal, or it lacks the class."""
 
 
+LINES = ("Paper", "Family", "Personal", "Evaluated", "Reported", "Deviations")
+"""The labelled lines of a method's docstring; the last one may be missing."""
+
+
+def lines(text: str) -> dict[str, str]:
+    """Return the text of each of `LINES` in a method's docstring; its first paragraph, too, as "Title"."""
+    parts = re.split(rf"^({'|'.join(LINES)}): ", text, flags=re.MULTILINE)
+    found = {"Title": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+    return {label: " ".join(part.split()) for label, part in found.items()}
+
+
 def title(text: str) -> str | None:
     """Return the method's name in its paper: up to three words before the first colon of its docstring."""
     found = re.match(r"([\w.+-]+(?: [\w.+-]+){0,2}):\s", text)

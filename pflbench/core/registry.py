@@ -136,3 +136,12 @@ def title(name: str) -> str:
     with contextlib.suppress(UnreadableError):
         return description.title(description.docstring(module)) or name
     return name
+
+
+def family(name: str) -> str:
+    """Return the family of method `name`, as its docstring gives it; "" if it is not known."""
+    try:
+        text = describe(name).text
+    except UsageError:  # the method of an old record may not be installed
+        return ""
+    return description.lines(text).get("Family", "").removesuffix(".")
