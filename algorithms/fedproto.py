@@ -19,11 +19,11 @@ round keeps its prototype; in the paper all clients take part.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, inf, where
+from torch import Tensor, inf
 
 from pflbench.core import (
     Algorithm, Batch, Client, Message, Net, Params, Replica, Round, Setup, State, Upload, class_counts,
-    need_features, prototypes, register, setting,
+    merged_prototypes, need_features, prototypes, register, setting,
 )  # fmt: skip
 
 
@@ -58,12 +58,7 @@ class FedProto(Algorithm):
         return Message({"mean": prototypes(client, model), "count": count}), {"model": model}
 
     def aggregate(self, round: Round, server: State, uploads: Sequence[Upload]) -> State:
-        mean, count = server["mean"].double(), 0 * server["count"].double()
-        for upload in uploads:  # a running mean: a class without uploads keeps its mean
-            count = count + upload["count"]
-            mean = mean + (upload["mean"] - mean) * (upload["count"] / count.clamp(min=1))[:, None]
-        count = where(count > 0, count, server["count"])
-        return {"mean": mean.to(server["mean"].dtype), "count": count.to(server["count"].dtype)}
+        return merged_prototypes(server, uploads)
 
     def personalise(self, client: Client, received: Message, state: State) -> State:
         known = (received["count"] > 0) & (class_counts(client) > 0)

@@ -11,8 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pflbench.core.algorithm import Algorithm, Cohort, Message, Round, Setup, Upload, mean, need_features
-    from pflbench.core.client import Client, class_counts, prototypes
+    from pflbench.core.algorithm import (
+        Algorithm,
+        Cohort,
+        Message,
+        Round,
+        Setup,
+        Upload,
+        mean,
+        merged_prototypes,
+        need_features,
+    )  # fmt: skip
+    from pflbench.core.client import Client, class_counts, class_means, prototypes
     from pflbench.core.device import Replica
     from pflbench.core.models import Net
     from pflbench.core.params import Params, State, average, body, distance, head, linear_head, zeros_like
@@ -23,9 +33,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pflbench.core.algorithm": (
-        "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "need_features",
+        "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "merged_prototypes", "need_features",
     ),
-    "pflbench.core.client": ("Client", "class_counts", "prototypes"),
+    "pflbench.core.client": ("Client", "class_counts", "class_means", "prototypes"),
     "pflbench.core.device": ("Replica",),
     "pflbench.core.models": ("Net",),
     "pflbench.core.params": ("Params", "State", "average", "body", "distance", "head", "linear_head", "zeros_like"),
@@ -37,10 +47,10 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022
-    "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "need_features", "Client",
-    "class_counts", "prototypes", "Replica", "Net", "Params", "State", "average", "body", "distance", "head",
-    "linear_head", "zeros_like", "register", "SGD", "Batch", "Loss", "Transform", "cross_entropy", "proximal",
-    "Diverged", "UsageError", "setting",
+    "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "merged_prototypes", "need_features",
+    "Client", "class_counts", "class_means", "prototypes", "Replica", "Net", "Params", "State", "average", "body",
+    "distance", "head", "linear_head", "zeros_like", "register", "SGD", "Batch", "Loss", "Transform", "cross_entropy",
+    "proximal", "Diverged", "UsageError", "setting",
 ]  # fmt: skip
 
 

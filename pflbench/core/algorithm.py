@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, where
 
 from pflbench import settings
 from pflbench.core import params
@@ -215,3 +215,17 @@ def need_features(method: Algorithm, setup: Setup) -> None:
 def mean(uploads: Sequence[Upload], part: str, *, equal: bool = False) -> Params:
     """Return the mean of a part of the uploads, weighted by their weights, or with `equal` weights."""
     return average((upload[part] for upload in uploads), [1.0 if equal else upload.weight for upload in uploads])
+
+
+def merged_prototypes(server: State, uploads: Sequence[Upload]) -> State:
+    """Return the server's prototypes after a round: "mean" [classes, d] and "count" [classes], the samples behind it.
+
+    A class's mean feature is the mean of the uploads' "mean", weighted by their "count". A class that no upload has
+    stays as it is in `server`.
+    """
+    mean, count = server["mean"].double(), 0 * server["count"].double()
+    for upload in uploads:  # a running mean: a class without uploads keeps its mean
+        count = count + upload["count"]
+        mean = mean + (upload["mean"] - mean) * (upload["count"] / count.clamp(min=1))[:, None]
+    count = where(count > 0, count, server["count"])
+    return {"mean": mean.to(server["mean"].dtype), "count": count.to(server["count"].dtype)}

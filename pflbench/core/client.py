@@ -305,11 +305,15 @@ def class_counts(client: Client) -> Tensor:
     return client.y.bincount(minlength=client.setup.classes)
 
 
+def class_means(client: Client, features: Tensor) -> Tensor:
+    """Return the mean of the client's `features` [n, d] in each class [classes, d], zeros where it has no samples."""
+    sums = features.new_zeros(client.setup.classes, features.shape[1]).index_add_(0, client.y, features)
+    return sums / class_counts(client).clamp(min=1)[:, None]
+
+
 def prototypes(client: Client, model: Params) -> Tensor:
     """Return the mean feature of the training samples of each class [classes, d], zeros for a class without samples.
 
     Features are computed in evaluation mode.
     """
-    features = client.features(model)
-    sums = features.new_zeros(client.setup.classes, features.shape[1]).index_add_(0, client.y, features)
-    return sums / class_counts(client).clamp(min=1)[:, None]
+    return class_means(client, client.features(model))

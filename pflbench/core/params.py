@@ -36,12 +36,12 @@ def in_head(name: str) -> bool:
 
 def head(model: Params) -> Params:
     """Return the parameters of the classifier head."""
-    return {name: tensor for name, tensor in model.items() if in_head(name)}
+    return {name: model[name] for name in model if in_head(name)}
 
 
 def body(model: Params) -> Params:
     """Return the parameters and buffers of the body, the layers before the head."""
-    return {name: tensor for name, tensor in model.items() if name.startswith("body.")}
+    return {name: model[name] for name in model if name.startswith("body.")}
 
 
 def linear_head(model: Params) -> bool:
