@@ -65,6 +65,13 @@ class RunSpec:
     shuffle: bool = setting(True, "shuffle a client's samples before every epoch")
     drop_last: bool = setting(False, "drop an incomplete last batch (unless it is the only one)")
     eval_every: int = setting(1, "evaluate every k rounds, and after the last", ge=1)
+    tested: str = setting(
+        "deployed",
+        "which models an evaluation tests: deployed, or both: also each client's own model, as its last local training "
+        "left it",
+        choices=("deployed", "both"),
+        later=True,
+    )
     precision: str = setting(
         "fp32", "number format of activations; parameters and sums stay fp32", choices=("fp32", "bf16")
     )

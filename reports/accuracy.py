@@ -15,7 +15,13 @@ from pflbench.store.schema import SEEDS
 from . import stats
 from .frames import COLUMNS, Runs, client_scores, in_order, scores, titles
 
-_PER_CLIENT = {"accuracy": "accuracy", "accuracy_mean": "accuracy", "global_accuracy": "global_accuracy"}
+_PER_CLIENT = {
+    "accuracy": "accuracy",
+    "accuracy_mean": "accuracy",
+    "global_accuracy": "global_accuracy",
+    "own_accuracy": "own_accuracy",
+    "own_accuracy_mean": "own_accuracy",
+}
 """Metrics that are means over clients, with the name of the client's value: they can be compared client by client."""
 _ALWAYS = ("clients", "join_ratio", "rounds", "local_epochs", "batch_size", "lr", "model")
 
@@ -114,7 +120,7 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
 
 def best_of(metric: str, values: Mapping[str, float]) -> str:
     """Return the name of the best value: the highest, or the lowest deviation."""
-    return (min if metric == "accuracy_std" else max)(values, key=values.__getitem__)
+    return (min if metric.endswith("_std") else max)(values, key=values.__getitem__)
 
 
 def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric: str, tests: Comparisons) -> list[str]:

@@ -1,5 +1,6 @@
 """Records on disk as tidy tables. Records that cannot be used are left out, and listed with the reason."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -62,7 +63,8 @@ def load(*paths: Path | str) -> Runs:
     """Return the records in `paths`: run folders, or folders of them.
 
     Only one of two records of the same run is used, unless they have different sources: then both are used, and the
-    first six digits of its source's fingerprint are appended to the second one's id.
+    first six digits of its source's fingerprint are appended to the second one's id. A record that also has the
+    clients' own models replaces a record of the same run without them.
     Raises `UsageError` when a path does not exist.
     """
     found: dict[str, tuple[Path, Contents]] = {}
@@ -81,17 +83,20 @@ def load(*paths: Path | str) -> Runs:
             left_out.append((str(path), f"the same run as {found[name][0]}"))
         else:
             found[name] = path, contents
+    for name in _repeated(found):
+        path, _ = found.pop(name)
+        left_out.append((str(path), "the same run as one that also tests the clients' own models"))
     table = pd.DataFrame([_row(name, path, contents) for name, (path, contents) in found.items()])
     # Each table is made as one frame: a frame for each run would take longer than reading all records.
     rounds = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.rounds]
     evaluations = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.evaluations]
-    none = schema.table([], schema.CLIENTS)
-    clients = pa.concat_tables([none, *(contents.clients for _, contents in found.values())]).to_pandas()
+    tables = [schema.table([], schema.OWN_CLIENTS), *(contents.clients for _, contents in found.values())]
+    clients = pa.concat_tables(tables, promote_options="default").to_pandas()
     clients["run"] = [name for name, (_, contents) in found.items() for _ in range(len(contents.clients))]
     return Runs(
         _with_settings(table) if len(table) else table,
         pd.DataFrame(rounds, columns=["run", *schema.ROUND]),
-        pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION]).astype(
+        pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION, *schema.OWN]).astype(
             # Unknown values must not change the type of a column to object.
             dict.fromkeys((*METRICS, "test_loss", *schema.TIMES), float) | dict.fromkeys(schema.PASSES, "Int64")
         ),
@@ -106,16 +111,16 @@ def scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> "pd
     Raises `UsageError` for an unknown name.
     """
     _check(metric, selection)
-    return _selected(runs, runs.evaluations, selection).groupby("run")[metric].mean()
+    return _selected(runs, runs.evaluations, metric, selection).groupby("run")[metric].mean()
 
 
 def client_scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> pd.DataFrame:
-    """Return `metric`, "accuracy" or "global_accuracy", of every client: a row per run, a column per client.
+    """Return `metric` of every client, a column of `Runs.clients`: a row per run, a column per client.
 
     Raises `UsageError` for an unknown name.
     """
     _check(metric, selection)
-    chosen = _selected(runs, runs.clients, selection)
+    chosen = _selected(runs, runs.clients, metric, selection)
     return chosen.pivot_table(index="run", columns="client", values=metric, aggfunc="mean", dropna=False)
 
 
@@ -161,12 +166,16 @@ def _check(metric: str, selection: str) -> None:
         raise unknown("selection", selection, SELECTIONS)
 
 
-def _selected(runs: Runs, rows: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Return the `rows` of the evaluations that the rule `selection` selects."""
+def _selected(runs: Runs, rows: pd.DataFrame, metric: str, selection: str) -> pd.DataFrame:
+    """Return the `rows` of the evaluations that the rule `selection` selects.
+
+    The best round on test is that of the tested model: of the clients' own models for their metrics.
+    """
     evaluations = runs.evaluations.sort_values(["run", "round"])
     groups = evaluations.groupby("run")
     if selection == "best-test":
-        chosen = evaluations.loc[groups["accuracy"].idxmax()]
+        of = "own_accuracy" if metric in schema.OWN else "accuracy"
+        chosen = evaluations.loc[evaluations.dropna(subset=of).groupby("run")[of].idxmax()]
     else:
         chosen = groups.tail(1 if selection == "last" else 5)
     return rows.merge(chosen[["run", "round"]], on=["run", "round"])
@@ -208,6 +217,22 @@ def _name(contents: Contents, found: dict[str, tuple[Path, Contents]]) -> str:
     return str(run)
 
 
+def _repeated(found: dict[str, tuple[Path, Contents]]) -> list[str]:
+    """Return the names of the runs that another run repeats with the clients' own models."""
+    both = set()
+    for _, contents in found.values():
+        if contents.spec.tested == "both":
+            run = dataclasses.replace(contents.spec, tested="deployed").run_id(
+                schema.hyperparameters(contents.spec.algo)
+            )
+            both.add((run, contents.run["fingerprints"]["algorithm"]))
+    return [
+        name
+        for name, (_, contents) in found.items()
+        if (contents.run["id"], contents.run["fingerprints"]["algorithm"]) in both
+    ]
+
+
 def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
     run = contents.run
     # With the user's federation, one fingerprint covers both data and partition.
@@ -227,7 +252,7 @@ def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
 
 def _no_setting(table: pd.DataFrame) -> list[str]:
     """Return the columns of `Runs.runs` in which runs of one setting may differ."""
-    excluded = ("run", "schema", "algo", "hyperparameters", "path", *SEEDS, *COSTS)
+    excluded = ("run", "schema", "algo", "hyperparameters", "tested", "path", *SEEDS, *COSTS)
     found = [str(column) for column in table]
     return [c for c in found if c in excluded or c.endswith(("_fingerprint", "_version"))]
 

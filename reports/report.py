@@ -63,7 +63,7 @@ def make(runs: Runs, metric: str = "accuracy", selection: str = "last", target: 
 
 def _ranks(table: AccuracyTable) -> stats.Ranks | str:
     means = {m: [np.nan if cell is None else cell.mean for cell in table.row(m)] for m in table.rows}
-    return stats.ranks(pd.DataFrame(means), higher_is_better=table.metric != "accuracy_std")
+    return stats.ranks(pd.DataFrame(means), higher_is_better=not table.metric.endswith("_std"))
 
 
 def _targets(runs: Runs, target: float | None) -> dict[int, tuple[float, str, pd.DataFrame]]:

@@ -167,8 +167,10 @@ def table(record: "Record") -> None:
         ("accuracy_std", "  std over clients"),
         ("accuracy_worst10", "  worst 10 % of clients"),
         ("global_accuracy", "accuracy of the global model"),
+        ("own_accuracy", "accuracy of the clients' own models"),
+        ("own_accuracy_worst10", "  worst 10 % of clients"),
     ):
-        if "last" in summary:
+        if name in summary.get("last", {}):
             out.add_row(text, percent(summary["last"][name]), percent(summary["last5"][name]))
     mega = [f"{summary[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down")]
     out.add_row("uploads / downloads", *mega)

@@ -45,7 +45,8 @@ class Client:
 
     `id` is its number, `n` the number of its training samples, `y` their labels [n], `setup` is what server and clients
     know of the federation, `protocol` is how clients train in this round. Functions take and return parameters. The
-    client stores nothing between calls except `counts`, the work so far.
+    client stores nothing between calls except `counts`, the work so far, and `trained`, the network that `sgd` or
+    `descend` returned last: the client's own model (`RunSpec.tested`). It is empty before.
 
     Every draw is keyed by (seed, stream, round, client). A `stream` names a pass over the data: with the same stream,
     every method gets the same batches.
@@ -66,6 +67,7 @@ class Client:
         self.y = train.y
         self.n = len(train)
         self.counts = Counts()
+        self.trained: Params = {}
         # The user's network may draw random numbers, for example for dropout.
         torch.manual_seed(int(rng(seed, "torch", *key).randint(2**31)))
 
@@ -150,6 +152,7 @@ class Client:
         self._check_finite({**done, **trained}, stream)
         if trainable is not None:
             done = {name: t if name in trainable else start[name] for name, t in done.items()}
+        self._note_trained(done)
         return done if extra is None else (done, trained)
 
     def descend(
@@ -182,6 +185,7 @@ class Client:
             now = now | buffers | optimiser.stepped(change, now)
             self.counts.steps += 1
         self._check_finite(now, stream)
+        self._note_trained(now)
         return now
 
     def batches(self, *, stream: str, config: SGD | None = None) -> Iterator[Batch]:
@@ -257,6 +261,12 @@ class Client:
         subset = copy.copy(self)
         subset._x, subset.y, subset.n = self._x[index], self.y[index], len(index)
         return subset
+
+    def _note_trained(self, model: Params) -> None:
+        """Note that `model` was trained, unless it is no whole network. The parts of a client share `trained`."""
+        if model.keys() == self.setup.model.keys():
+            self.trained.clear()
+            self.trained.update(model)
 
     def _check_scalar(self, value: Tensor) -> None:
         if not isinstance(value, Tensor) or value.dim():

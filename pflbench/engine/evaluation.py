@@ -23,8 +23,9 @@ class Score:
     """One client's evaluation.
 
     The client has `n` test samples. The deployed model classifies `correct` of them correctly; `loss` is the sum of its
-    cross-entropies. The global model classifies `global_correct` correctly, None without a global model. `models` has
-    the fingerprints of the two models: a model that did not change since the last evaluation is not evaluated again.
+    cross-entropies. The global model classifies `global_correct` correctly, None without a global model; the client's
+    own model `own_correct`, None if it is not tested. `models` has the fingerprints of the three models: a model that
+    did not change since the last evaluation is not evaluated again.
     """
 
     client: int
@@ -32,13 +33,15 @@ class Score:
     correct: int
     loss: float
     global_correct: int | None
-    models: tuple[str, str | None]
+    own_correct: int | None
+    models: tuple[str, str | None, str | None]
 
 
 def accuracies(score: Score) -> dict[str, int | float | None]:
     """Return a client's line for clients.parquet (without the round)."""
     of_global = None if score.global_correct is None else score.global_correct / score.n
-    return {"client": score.client, "n": score.n, "accuracy": score.correct / score.n, "global_accuracy": of_global}
+    line = {"client": score.client, "n": score.n, "accuracy": score.correct / score.n, "global_accuracy": of_global}
+    return line if score.own_correct is None else {**line, "own_accuracy": score.own_correct / score.n}
 
 
 def test(predict: Predict, replica: Replica, deployed: State, split: Split) -> tuple[int, float]:
@@ -65,22 +68,31 @@ def summary(scores: Sequence[Score]) -> dict[str, float | None]:
     """Return the accuracies over clients, as fractions.
 
     `accuracy` is weighted by test samples, `accuracy_mean` is not; `accuracy_std` is the population standard deviation
-    over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one).
-    `global_accuracy` is weighted, and None without a global model. `test_loss` is weighted, and None if a method rules
-    out a class that occurs. Raises `Diverged` when a loss is not a number.
+    over clients; `accuracy_worst10` is the plain mean of the worst 10 % of the clients (at least one). If the clients'
+    own models are tested, these four metrics of theirs have the same names after `own_`. `global_accuracy` is
+    weighted, and None without a global model. `test_loss` is weighted, and None if a method rules out a class that
+    occurs. Raises `Diverged` when a loss is not a number.
     """
     for score in scores:
         if math.isnan(score.loss):
             raise Diverged(f"client {score.client}: the loss on the test data is {score.loss}; lower lr")
-    n = sum(s.n for s in scores)
-    each = np.sort([s.correct / s.n for s in scores])
+    sizes = [s.n for s in scores]
     of_global = [s.global_correct for s in scores if s.global_correct is not None]
-    loss = sum(s.loss for s in scores) / n
+    own = [s.own_correct for s in scores if s.own_correct is not None]
+    loss = sum(s.loss for s in scores) / sum(sizes)
     return {
-        "accuracy": sum(s.correct for s in scores) / n,
+        **_over_clients([s.correct for s in scores], sizes),
+        "global_accuracy": sum(of_global) / sum(sizes) if of_global else None,
+        "test_loss": loss if math.isfinite(loss) else None,
+        **({f"own_{name}": value for name, value in _over_clients(own, sizes).items()} if own else {}),
+    }
+
+
+def _over_clients(correct: Sequence[int], sizes: Sequence[int]) -> dict[str, float]:
+    each = np.sort([k / n for k, n in zip(correct, sizes, strict=True)])
+    return {
+        "accuracy": sum(correct) / sum(sizes),
         "accuracy_mean": float(each.mean()),
         "accuracy_std": float(each.std()),
         "accuracy_worst10": float(each[: math.ceil(len(each) / 10)].mean()),
-        "global_accuracy": sum(of_global) / n if of_global else None,
-        "test_loss": loss if math.isfinite(loss) else None,
     }

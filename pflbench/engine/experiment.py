@@ -14,14 +14,18 @@ from pflbench.core import params, registry
 from pflbench.core.algorithm import Algorithm, Setup
 from pflbench.core.device import Replica
 from pflbench.core.models import Net, build_model
-from pflbench.core.params import Params
+from pflbench.core.params import Params, State
 from pflbench.core.training import SGD
-from pflbench.errors import UsageError
+from pflbench.errors import MethodError, UsageError
 from pflbench.federation import Federation
 from pflbench.settings import fields
 from pflbench.spec import RunSpec
 from pflbench.store.memory import Notice
 from pflbench.store.provenance import source_fingerprint
+from pflbench.store.states import check_state
+
+OWN = "own_model"
+"""The part of a client's stored state with its own model, if that is tested; the method does not see it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,30 @@ class Experiment:
             shuffle=spec.shuffle,
             drop_last=spec.drop_last,
         )
+
+    def init_client(self) -> State:
+        """Return a client's first state, as it is stored. Raises `MethodError` when it is not a state."""
+        state = self.algorithm.init_client(self.setup)
+        check_state(state, "a client's first state")
+        return self.with_own(state, self.setup.model)
+
+    def with_own(self, state: State, own: Params) -> State:
+        """Return a client's `state` as it is stored: with its own model, if that is tested.
+
+        Raises `MethodError` when the method has trained no whole network, or has a part of that name.
+        """
+        if self.spec.tested == "deployed":
+            return state
+        if OWN in state:
+            raise MethodError(
+                f"{self.spec.algo}: tested=both stores the client's own model as {OWN!r}; rename that part"
+            )
+        if not own:
+            raise MethodError(
+                f"{self.spec.algo}: tested=both needs the network of the last local training, but local_update called "
+                "neither client.sgd nor client.descend for a whole network"
+            )
+        return {**state, OWN: dict(own)}
 
     def _built(self, seed: int) -> Net:
         data = self.federation

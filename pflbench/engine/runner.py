@@ -5,7 +5,6 @@ from pathlib import Path
 
 from pflbench import files
 from pflbench.core.models import Net
-from pflbench.core.params import State
 from pflbench.engine.cores import cores
 from pflbench.engine.executors import EXECUTORS
 from pflbench.engine.executors.base import one_thread
@@ -78,9 +77,8 @@ def run_experiment(
     record.fingerprints = dict(experiment.fingerprints)
     record.samples = experiment.federation.counts()
     record.server = algorithm.init_server(experiment.setup)
-    initial: State = algorithm.init_client(experiment.setup)
+    initial = experiment.init_client()
     check_state(record.server, "the server's first state")
-    check_state(initial, "a client's first state")
     with store.open(record, algorithm, initial, notice) as log:
         if isinstance(log, Record):
             return log

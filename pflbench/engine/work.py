@@ -19,7 +19,7 @@ from pflbench.core.params import Params, State, fingerprint, tensor_digest, tens
 from pflbench.core.training import Counts
 from pflbench.engine import evaluation
 from pflbench.engine.evaluation import Score
-from pflbench.engine.experiment import Experiment
+from pflbench.engine.experiment import OWN, Experiment
 from pflbench.errors import MethodError
 from pflbench.store.states import StateRef, UploadFile, check_state, plain, read, save_state
 
@@ -113,8 +113,12 @@ class Work:
             key=(job.round, job.client, *more),
         )
 
-    def _state(self, job: Job) -> Parts:
-        return Parts(read(job.state, self.states), f"the state of client {job.client}")
+    def _state(self, job: Job) -> tuple[Parts, Params | None]:
+        """Return the client's state, and its own model if that is tested."""
+        state, own = dict(read(job.state, self.states)), None
+        if self.experiment.spec.tested == "both":
+            own = state.pop(OWN)
+        return Parts(state, f"the state of client {job.client}"), own
 
     def _train(self, job: Train) -> Trained:
         began = time.perf_counter()
@@ -123,6 +127,7 @@ class Work:
         message, state = self._updated(client, job)
         check_state(message.content, f"the upload of client {job.client}")
         check_state(state, f"the state of client {job.client}")
+        state = self.experiment.with_own(state, client.trained)
         content: State
         new_state: State | StateRef
         if self.states is None:
@@ -137,7 +142,7 @@ class Work:
     def _updated(self, client: Client, job: Train) -> tuple[Message, State]:
         """Return the result of the method's `local_update`. Raises `MethodError` unless it is a message and a state."""
         algorithm = self.experiment.algorithm
-        found: Any = algorithm.local_update(client, job.received, self._state(job))
+        found: Any = algorithm.local_update(client, job.received, self._state(job)[0])
         match found:
             case (Message() as message, state):
                 return message, state
@@ -149,32 +154,36 @@ class Work:
     def _evaluate(self, job: Evaluate) -> Evaluated:
         began = time.perf_counter()
         client = self._client(job)
-        deployed = self.experiment.algorithm.personalise(client, job.received, self._state(job))
-        score = self._score(job, Parts(deployed, "what is deployed"))
+        state, own = self._state(job)
+        deployed = self.experiment.algorithm.personalise(client, job.received, state)
+        score = self._score(job, Parts(deployed, "what is deployed"), own)
         return Evaluated(score, client.counts, time.perf_counter() - began)
 
-    def _score(self, job: Evaluate, deployed: State) -> Score:
+    def _score(self, job: Evaluate, deployed: State, own: Params | None) -> Score:
         """Evaluate the client's models, except a model that was evaluated in the last evaluation or just before."""
         algorithm, split = self.experiment.algorithm, self.experiment.federation.clients[job.client].test
-        default_predict = type(algorithm).predict is Algorithm.predict
-        global_model, last = job.global_model, job.last
+        last = job.last
         self._note_digests(job)
         personal = self._fingerprint(deployed)
-        of_global = None if global_model is None else self._fingerprint({"model": global_model})
         if last is not None and last.models[0] == personal:
             correct, loss = last.correct, last.loss
         else:
             correct, loss = evaluation.test(algorithm.predict, self.replica, deployed, split)
-        if global_model is None:
-            global_correct = None
-        elif of_global == personal and default_predict:
-            global_correct = correct
-        elif last is not None and last.models[1] == of_global:
-            global_correct = last.global_correct
-        else:
-            network = Algorithm.predict.__get__(algorithm)
-            global_correct, _ = evaluation.test(network, self.replica, {"model": global_model}, split)
-        return Score(job.client, len(split), correct, loss, global_correct, (personal, of_global))
+        # How many samples the network alone classifies correctly, by the fingerprint of its parameters.
+        known: dict[str | None, int | None] = {}
+        if last is not None:
+            known |= {last.models[1]: last.global_correct, last.models[2]: last.own_correct}
+        if type(algorithm).predict is Algorithm.predict:
+            known[personal] = correct
+        counts: list[tuple[str | None, int | None]] = []
+        for model in (job.global_model, own):
+            name = None if model is None else self._fingerprint({"model": model})
+            if model is not None and name not in known:
+                network = Algorithm.predict.__get__(algorithm)
+                known[name], _ = evaluation.test(network, self.replica, {"model": model}, split)
+            counts.append((name, None if model is None else known[name]))
+        (of_global, global_correct), (of_own, own_correct) = counts
+        return Score(job.client, len(split), correct, loss, global_correct, own_correct, (personal, of_global, of_own))
 
     def _note_digests(self, job: Evaluate) -> None:
         """Remember the digests of the tensors that were received: most clients receive the same tensors."""

@@ -232,7 +232,7 @@ class Writer:
                 path.unlink()
         self._delete_all_but(named)
         for name, rows, columns in (
-            ("clients", record.clients, schema.CLIENTS),
+            ("clients", record.clients, schema.clients_columns(record.spec)),
             ("samples", record.samples, schema.SAMPLES),
         ):
             pq.write_table(schema.table(rows, columns), self.folder / f"{name}.parquet")

@@ -56,7 +56,7 @@ class Record:
         """The main results: the last evaluation, the mean of the last five, the best round on test, and the costs.
 
         `seconds` and `busy_seconds` are of training. `evaluation` has those of evaluations, None if they are unknown
-        (schema 1).
+        (schema 1). If the clients' own models are tested, `own_best_on_test` is their best round on test.
         """
         rows = self.evaluations
         costs = {
@@ -68,17 +68,14 @@ class Record:
         }
         if not rows:
             return costs
-        last = {name: rows[-1][name] for name in schema.METRICS}
+        last = {name: rows[-1][name] for name in schema.METRICS if name in rows[-1]}
         tail = rows[-5:]
         sums = {name: _sum(r[name] for r in tail) for name in last}
         last5 = {name: None if total is None else total / len(tail) for name, total in sums.items()}
-        best = max(rows, key=lambda r: r["accuracy"])
-        return {
-            "last": last,
-            "last5": last5,
-            "best_on_test": {"round": best["round"], "accuracy": best["accuracy"]},
-            **costs,
-        }
+        best = {"best_on_test": _best(rows, "accuracy")}
+        if "own_accuracy" in last:
+            best["own_best_on_test"] = _best(rows, "own_accuracy")
+        return {"last": last, "last5": last5, **best, **costs}
 
     def states_fingerprint(self) -> str:
         """Return the fingerprint of the final states of the server and of all clients."""
@@ -131,6 +128,11 @@ class Record:
         self.server = load_state(folder / newest.server.file)
         initial = load_state(folder / newest.initial.file)
         self.client_states = ClientStates(self.spec.clients, initial, dict(newest.clients), folder)
+
+
+def _best(rows: list[Row], metric: str) -> Row:
+    best = max(rows, key=lambda row: row[metric])
+    return {"round": best["round"], metric: best[metric]}
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

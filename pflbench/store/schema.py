@@ -34,16 +34,23 @@ METRICS = {
     "accuracy_worst10": "accuracy of the worst 10 % of the clients",
     "accuracy_std": "standard deviation of accuracy over the clients",
     "global_accuracy": "accuracy of the global model, weighted by test samples",
+    "own_accuracy": "accuracy of the clients' own models after their last training, weighted by test samples",
+    "own_accuracy_mean": "accuracy of the clients' own models after their last training, plain mean of the clients",
+    "own_accuracy_worst10": "accuracy of the worst 10 % of the clients' own models after their last training",
+    "own_accuracy_std": "standard deviation of accuracy over the clients' own models after their last training",
 }
 """What an evaluation measures, and what each name means."""
+OWN = tuple(name for name in METRICS if name.startswith("own_"))
+"""The metrics of the clients' own models; a record has them if the run's setting `tested` is "both"."""
 BYTES = ("bytes_up", "bytes_down")
 PASSES = ("steps", "forward", "backward")
 """Optimiser steps, and samples in forward and backward passes of training."""
 TIMES = ("seconds", "busy_seconds")
 """Wall-clock time, and the sum of the workers' times. They differ between equal runs, so no fingerprint covers them."""
 ROUND = ("round", "participants", "train_loss", *BYTES, *PASSES, *TIMES)
-EVALUATION = ("round", *METRICS, "test_loss", *PASSES, *TIMES)
+EVALUATION = ("round", *(name for name in METRICS if name not in OWN), "test_loss", *PASSES, *TIMES)
 CLIENTS = {"round": "int32", "client": "int32", "n": "int32", "accuracy": "float64", "global_accuracy": "float64"}
+OWN_CLIENTS = {**CLIENTS, "own_accuracy": "float64"}
 SAMPLES = {"client": "int64", "class": "int64", "train": "int64", "test": "int64"}
 SEEDS = tuple(name for name in RunSpec.__dataclass_fields__ if name == "seed" or name.endswith("_seed"))
 """The settings in which repetitions of a run differ."""
@@ -68,8 +75,9 @@ class Contents:
 
     `run` is `run.json`; its `schema` is the schema of the files. `spec` has the settings of `run`, and the defaults of
     settings that are newer than the record. `rounds` and `evaluations` have the columns `ROUND` and `EVALUATION`; the
-    tables `clients` and `samples` have `CLIENTS` and `SAMPLES`. In a record of schema 1 the passes and times of
-    evaluations are None, and the seconds of a round contain its evaluation.
+    tables `clients` and `samples` have `CLIENTS` and `SAMPLES`. If the clients' own models were tested, `evaluations`
+    also has the metrics `OWN`, and `clients` has the columns `OWN_CLIENTS`. In a record of schema 1 the passes and
+    times of evaluations are None, and the seconds of a round contain its evaluation.
     """
 
     run: dict[str, Any]
@@ -104,7 +112,7 @@ def _read(path: Path, run: dict[str, Any]) -> Contents:
         if not isinstance(run[name], dict):
             raise TypeError(f"{name} in run.json is {run[name]!r}, not a table")
     spec = RunSpec.from_dict(run["spec"])
-    clients = _read_table(path / "clients.parquet", CLIENTS)
+    clients = _read_table(path / "clients.parquet", clients_columns(spec))
     samples = _read_table(path / "samples.parquet", SAMPLES)
     rounds = _read_lines(path / "rounds.jsonl")
     if run["schema"] == 1:
@@ -115,9 +123,9 @@ def _read(path: Path, run: dict[str, Any]) -> Contents:
         fingerprint = metrics_fingerprint(rounds, evaluations, clients.to_pylist())
     _check_names([run["fingerprints"]], _FINGERPRINTS)
     _check_names(rounds, ROUND)
-    _check_names(evaluations, EVALUATION)
+    _check_names(evaluations, (*EVALUATION, *OWN) if spec.tested == "both" else EVALUATION)
     if (
-        spec.run_id(_hyperparameters(spec.algo)) != run["id"]
+        spec.run_id(hyperparameters(spec.algo)) != run["id"]
         or fingerprint != run["fingerprints"]["metrics"]
         or len(rounds) != run["summary"]["rounds"]
         or len(clients) != len(evaluations) * spec.clients
@@ -126,8 +134,13 @@ def _read(path: Path, run: dict[str, Any]) -> Contents:
     return Contents(run, spec, rounds, evaluations, clients, samples)
 
 
+def clients_columns(spec: RunSpec) -> dict[str, str]:
+    """Return the columns of a run's clients.parquet."""
+    return OWN_CLIENTS if spec.tested == "both" else CLIENTS
+
+
 @cache
-def _hyperparameters(algo: str) -> "Mapping[str, Field[Any]]":
+def hyperparameters(algo: str) -> "Mapping[str, Field[Any]]":
     """Return the hyperparameters of a method; none if it is not installed."""
     try:
         return registry.describe(algo).hyperparameters
@@ -159,7 +172,7 @@ def _check_names(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> Non
 
 def _split(lines: Rows) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rounds and the evaluations of the lines of schema 1."""
-    measured = (*METRICS, "test_loss")
+    measured = (*(name for name in METRICS if name not in OWN), "test_loss")
     unknown = dict.fromkeys((*PASSES, *TIMES))
     rounds = [{name: value for name, value in line.items() if name not in measured} for line in lines]
     evaluations = [
