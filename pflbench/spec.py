@@ -99,6 +99,12 @@ class RunSpec:
         found: int | None = getattr(self, f"{name}_seed")
         return self.seed if found is None else found
 
+    def value(self, name: str) -> Any:
+        """Return the value of setting `name` with which the run is computed: never None where a default follows."""
+        if name in _SEEDS:
+            return self.seed_of(name.removesuffix("_seed"))
+        return getattr(self.normalised(own_model=True), name)
+
     def partition_settings(self) -> dict[str, Any]:
         """Return the settings of the partition, as arguments of `pflbench.datasets.partitioners.make`."""
         names = ("partition", "clients", "alpha", "classes_per_client", "min_samples", "split")

@@ -178,6 +178,8 @@ LINES = {
         "CIFAR-100 is not in {here}/empty",
         "choose --dataset synthetic100",
     ),
+    "sweep-nothing": ("sweep", "nothing to run", "give a suite"),
+    "sweep-without-the-value": ("sweep quick --alpha 0.2", "alpha: no run of the suite has 0.2", "alpha 0.1, 0.5"),
     "config-missing": (RUN + "--config {here}/no.toml", "cannot read {here}/no.toml", "No such file"),
     "config-is-folder": (RUN + "--config {here}", "cannot read {here}", "Is a directory"),
     "config-is-image": (RUN + "--config {tree}/train/cat/0.png", "0.png", "not a TOML file"),

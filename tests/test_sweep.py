@@ -93,6 +93,100 @@ def test_the_ready_suites_are_what_their_names_say(name, runs):
     assert all(s.dataset == (name.removeprefix("paper-") if "-" in name else "synthetic10") for s in specs)
 
 
+NARROW = {
+    "base": {"alpha": 0.5, "clients": 30, "eval-every": 2},
+    "grid": {"algo": ["fedavg", "fedper", "fedas"], "join-ratio": [0.2, 1], "alpha": [0.1, 0.5]},
+    "algorithm": {"fedas": {"lr": 0.1, "set": {"align-lr": 0.1}}},
+    "include": [{"algo": "fedas", "alpha": 0.1, "set": {"alignment": "off"}}, {"algo": "local"}],
+    "exclude": [{"algo": "fedper", "alpha": 0.5}],
+}
+
+
+def narrowed(options, tables=NARROW):
+    """The runs of a suite that remain with these options, as texts of a command line."""
+    suite = Suite.from_toml(tables, Path("suite.toml"))
+    return suite.narrowed({name: values.split() for name, values in options.items()})
+
+
+def test_without_options_a_suite_is_whole():
+    assert narrowed({}) == Suite.from_toml(NARROW, Path("suite.toml")).specs()
+    assert len(narrowed({})) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        ({"algo": "fedper"}, [("fedper", 0.2, 0.1), ("fedper", 1.0, 0.1)]),
+        ({"algo": "fedavg fedper", "join_ratio": "0.20"},
+         [("fedavg", 0.2, 0.1), ("fedavg", 0.2, 0.5), ("fedper", 0.2, 0.1)]),
+        ({"alpha": "0.10", "algo": "fedas local"}, [("fedas", 0.2, 0.1), ("fedas", 1.0, 0.1), ("fedas", 0.1, 0.1)]),
+        ({"join_ratio": "0.1"}, [("fedas", 0.1, 0.1), ("local", 0.1, 0.5)]),  # the default, of the included runs
+        ({"lr": "0.1", "alpha": "0.5"}, [("fedas", 0.2, 0.5), ("fedas", 1.0, 0.5)]),  # not in the grid, but differs
+    ],
+)  # fmt: skip
+def test_an_option_selects_the_runs_whose_setting_differs(options, runs):
+    found = narrowed(options)
+    assert [(s.algo, s.join_ratio, s.alpha) for s in found] == runs
+    assert set(map(repr, found)) <= set(map(repr, narrowed({})))
+
+
+def test_an_option_replaces_a_setting_that_all_runs_share():
+    found = narrowed({"algo": "fedas", "alpha": "0.1", "join_ratio": "1 0.1", "clients": "20", "dataset": "folder:x"})
+    assert {(s.clients, s.dataset, s.eval_every) for s in found} == {(20, "folder:x", 2)}
+    assert [s.hyperparameters for s in found] == [{"align_lr": 0.1}, {"alignment": "off"}]
+
+
+def test_several_values_of_a_shared_setting_repeat_all_runs():
+    found = narrowed({"seed": "0 1", "rounds": "3"})
+    assert len(found) == len(set(map(repr, found))) == 24
+    assert [s.seed for s in found] == [0, 1] * 12
+    assert {s.rounds for s in found} == {3}
+
+
+def test_a_suite_of_included_runs_alone_gets_no_grid_from_options():
+    tables = {"include": [{"algo": "fedas"}, {"algo": "fedper"}]}
+    assert [(s.algo, s.seed) for s in narrowed({"seed": "4 5"}, tables)] == [
+        ("fedas", 4), ("fedas", 5), ("fedper", 4), ("fedper", 5),
+    ]  # fmt: skip
+
+
+def test_without_a_grid_the_options_make_it():
+    assert [(s.algo, s.lr) for s in narrowed({"algo": "fedas local"}, {"base": {"lr": 1.0}})] == [
+        ("fedas", 1.0), ("local", 1.0),
+    ]  # fmt: skip
+    assert [s.algo for s in narrowed({"algo": "fedas local"}, {})] == ["fedas", "local"]
+
+
+def test_a_method_that_replaces_the_suites_method_gets_its_own_settings():
+    tables = {"base": {"algo": "fedavg"}, "grid": {"alpha": [0.1, 1.0]}, "algorithm": {"fedas": {"lr": 0.5}}}
+    assert [(s.algo, s.lr) for s in narrowed({"algo": "fedas"}, tables)] == [("fedas", 0.5)] * 2
+
+
+def test_a_value_that_follows_from_another_setting_is_found():
+    tables = {"grid": {"partition": ["dirichlet", "iid"], "partition-seed": [0, 1]}, "include": [{"alpha": 0.3}]}
+    assert [(s.alpha, s.partition_seed) for s in narrowed({"alpha": "0.1", "partition_seed": "0"}, tables)] == [
+        (None, 0)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": "0.2"}, "alpha: no run of the suite has 0.2; its grid is: algo fedavg, fedper, fedas, local; "
+                           "join_ratio 0.2, 1.0, 0.1; alpha 0.1, 0.5"),
+        ({"alpha": "0.1 0.2"}, "alpha: no run of the suite has 0.2; its grid"),
+        ({"algo": "fedper", "alpha": "0.5"}, "no run of the suite has algo fedper and alpha 0.5; its grid is: "),
+        ({"join_ratio": "half"}, "join_ratio: 'half' is not a number"),
+        ({"clients": "0"}, "clients: 0 is out of bounds"),
+    ],
+)  # fmt: skip
+def test_options_that_leave_no_run_are_one_clear_line(options, message):
+    with pytest.raises(UsageError) as caught:
+        narrowed(options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_labels_name_what_differs():
     specs = [
         RunSpec(algo="fedavg", seed=0),

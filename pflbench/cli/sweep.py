@@ -1,6 +1,5 @@
 """`pflbench sweep`: many experiments."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,17 +35,18 @@ def command(
     as_json: bool,
     **given: tuple[str, ...],
 ) -> None:
-    """Run a grid: SUITE, a TOML file or a ready suite, and every combination of the options, which may be repeated.
+    """Run every combination of the options, which may be repeated; or SUITE, a TOML file or a ready suite.
+
+    With SUITE, an option selects the runs of its grid that have this value. If all runs of the suite share the
+    setting, the option replaces it in all of them.
 
     Finished runs are skipped and interrupted runs are resumed: to continue an interrupted sweep, start it again.
-    Options override the settings of a suite's grid, not those of its [[include]] runs.
     """
     from pflbench.engine.cores import cores
 
     chosen = Suite() if suite is None else _suite(suite)
-    grid = {name: list(values) for name, values in given.items() if values}
-    chosen = dataclasses.replace(chosen, grid={**chosen.grid, **grid})
-    if not chosen.grid and not chosen.include:
+    specs = chosen.narrowed({name: values for name, values in given.items() if values})
+    if not specs:
         raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
     folder = options.folder("out", out)
     count = cores() if jobs is None else options.integer("jobs", jobs)
@@ -55,7 +55,7 @@ def command(
 
     from pflbench.sweep import runner
 
-    runs = runner.plan(chosen.specs(), data, options.notice, download=not dry_run)
+    runs = runner.plan(specs, data, options.notice, download=not dry_run)
     found = {run.id: runner.status(run, folder) for run in runs}
     if retry:
         found = {run: status if status == "finished" else None for run, status in found.items()}

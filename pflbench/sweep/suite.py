@@ -9,7 +9,7 @@ from typing import Any
 
 from pflbench.core import registry
 from pflbench.errors import UsageError, unknown
-from pflbench.settings import underscored
+from pflbench.settings import parse, underscored
 from pflbench.spec import RunSpec
 
 _TABLES = {"base": dict, "grid": dict, "algorithm": dict, "include": list, "exclude": list}
@@ -79,6 +79,37 @@ class Suite:
             self._add(found, {**self.base, **entry})
         return list(found.values())
 
+    def narrowed(self, options: Mapping[str, Sequence[Any]]) -> list[RunSpec]:
+        """Return the runs that remain with `options`, which has the values of each setting that the user has chosen.
+
+        If the setting is in the grid, or differs between the runs, the runs with one of its values remain. All other
+        settings are shared by all runs: the values replace the suite's, and each value makes its own runs.
+        Raises `UsageError` as `specs` does, and when no run has a value.
+        """
+        whole = self.specs()
+        wanted = {name: [parse(RunSpec, name, value) for value in values] for name, values in options.items()}
+        fixed = [name for name in wanted if name in self.grid or len({getattr(spec, name) for spec in whole}) > 1]
+        replaced = {name: values for name, values in wanted.items() if name not in fixed}
+        added = [dict(zip(replaced, values, strict=True)) for values in itertools.product(*replaced.values())]
+        found = dataclasses.replace(
+            self,
+            grid={**self.grid, **replaced} if self.grid or not self.include else {},
+            include=[{**entry, **more} for entry in self.include for more in added],
+        ).specs()
+        if not fixed:
+            return found
+        names = dict.fromkeys(name for name in (*self.grid, *fixed) if name != "set")
+        seen = {name: list(dict.fromkeys(spec.value(name) for spec in whole)) for name in names}
+        grid = "; ".join(f"{name} {_words(values)}" for name, values in seen.items())
+        for name in fixed:
+            if strange := [value for value in wanted[name] if value not in seen[name]]:
+                raise UsageError(f"{name}: no run of the suite has {strange[0]}; its grid is: {grid}")
+            found = [spec for spec in found if spec.value(name) in wanted[name]]
+        if not found:
+            chosen = " and ".join(f"{name} {_words(wanted[name])}" for name in fixed)
+            raise UsageError(f"no run of the suite has {chosen}; its grid is: {grid}")
+        return found
+
     def _add(self, found: dict[str, RunSpec], values: dict[str, Any]) -> None:
         hyperparameters = values.pop("set", {})
         spec = RunSpec.from_dict({**values, "hyperparameters": hyperparameters})
@@ -88,6 +119,10 @@ class Suite:
                 raise unknown("setting in exclude", strange[0], settings)
         if not any(all(settings[name] == value for name, value in entry.items()) for entry in self.exclude):
             found.setdefault(json.dumps(settings, sort_keys=True, default=str), spec)
+
+
+def _words(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def labels(specs: Sequence[RunSpec]) -> list[str]:
