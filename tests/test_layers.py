@@ -17,14 +17,15 @@ ROOMS = {
     "settings": GROUND,
     "spec": GROUND | {"settings"},
     "federation": GROUND | {"datasets"},
+    "published": GROUND | {"settings", "spec"},
     "participation": GROUND | {"settings", "spec"},
     "core": BASE,
     "algorithms": {"core"},
     "store": BASE | {"core"},
     "engine": BASE | {"core", "store", "datasets"},
-    "sweep": BASE | {"core", "store", "engine"},
-    "reports": {"errors", "files", "settings", "spec", "store.schema", "core.registry"},
-    "cli": BASE | {"core", "store", "engine", "sweep", "datasets", "reports"},
+    "sweep": BASE | {"published", "core", "store", "engine"},
+    "reports": {"errors", "files", "settings", "spec", "published", "store.schema", "core.registry"},
+    "cli": BASE | {"published", "core", "store", "engine", "sweep", "datasets", "reports"},
 }
 
 

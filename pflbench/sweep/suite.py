@@ -9,10 +9,11 @@ from typing import Any
 
 from pflbench.core import registry
 from pflbench.errors import UsageError, unknown
+from pflbench.published import Published
 from pflbench.settings import parse, underscored
 from pflbench.spec import RunSpec
 
-_TABLES = {"base": dict, "grid": dict, "algorithm": dict, "include": list, "exclude": list}
+_TABLES = {"base": dict, "grid": dict, "algorithm": dict, "include": list, "exclude": list, "published": dict}
 
 
 def suites() -> dict[str, Path]:
@@ -27,6 +28,7 @@ class Suite:
     Every combination of the lists in `grid` is a run with the settings of `base`. The settings of `algorithm` for the
     run's method override the base, and the grid overrides both. `include` adds runs: each entry's settings override the
     base. `exclude` removes the runs that match all settings of one of its entries. The key `set` holds hyperparameters.
+    `published` has the figures of a paper for these runs.
     """
 
     base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -34,12 +36,14 @@ class Suite:
     algorithm: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     include: Sequence[Mapping[str, Any]] = ()
     exclude: Sequence[Mapping[str, Any]] = ()
+    published: Published | None = None
 
     @classmethod
     def from_toml(cls, values: Mapping[str, Any], where: Path) -> "Suite":
         """Return the suite in file `where`, which holds `values`.
 
-        Raises `UsageError` for an unknown table, for a table of the wrong shape, and for a name in two spellings.
+        Raises `UsageError` for an unknown table, for a table of the wrong shape, for a name in two spellings, and for
+        published figures that do not fit their columns.
         """
 
         def table(settings: Any) -> dict[str, Any]:
@@ -53,12 +57,15 @@ class Suite:
             if not isinstance(value, _TABLES[name]):
                 shape = f"tables, [[{name}]]" if _TABLES[name] is list else f"a table, [{name}]"
                 raise UsageError(f"{where}: {name} must be {shape}")
+        base = table(values.get("base", {}))
+        published = values.get("published")
         return cls(
-            base=table(values.get("base", {})),
+            base=base,
             grid=table(values.get("grid", {})),
             algorithm={name: table(settings) for name, settings in values.get("algorithm", {}).items()},
             include=[table(entry) for entry in values.get("include", [])],
             exclude=[table(entry) for entry in values.get("exclude", [])],
+            published=None if published is None else Published.from_toml(table(published), base, where),
         )
 
     def specs(self) -> list[RunSpec]:
