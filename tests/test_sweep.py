@@ -17,7 +17,7 @@ from PIL import Image
 from pflbench import RunSpec, UsageError, datasets, register
 from pflbench.sweep import runner
 from pflbench.sweep.runner import plan
-from pflbench.sweep.suite import Suite, labels, suites
+from pflbench.sweep.suite import Suite, labels
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 
@@ -80,17 +80,6 @@ def test_what_a_suite_cannot_mean_is_one_clear_line(tables, value, remedy):
     assert value in message
     assert remedy in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize(("name", "runs"), [("quick", 36), ("paper-cifar10", 90), ("paper-cifar100", 90)])
-def test_the_ready_suites_are_what_their_names_say(name, runs):
-    import tomllib
-
-    path = suites()[name]
-    specs = Suite.from_toml(tomllib.loads(path.read_text()), path).specs()
-    assert len({json.dumps(s.to_dict()) for s in specs}) == len(specs) == runs
-    assert {s.seed for s in specs} == {0, 1, 2}
-    assert all(s.dataset == (name.removeprefix("paper-") if "-" in name else "synthetic10") for s in specs)
 
 
 NARROW = {
