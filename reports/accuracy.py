@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from pflbench.spec import RunSpec
 from pflbench.store.schema import SEEDS
 
 from . import stats
-from .frames import COLUMNS, Runs, client_scores, in_order, scores, titles
+from .frames import Runs, client_scores, covered, in_order, scores, titles
 
 _PER_CLIENT = {
     "accuracy": "accuracy",
@@ -23,7 +24,18 @@ _PER_CLIENT = {
     "own_accuracy_mean": "own_accuracy",
 }
 """Metrics that are means over clients, with the name of the client's value: they can be compared client by client."""
-_ALWAYS = ("clients", "join_ratio", "rounds", "local_epochs", "batch_size", "lr", "model")
+_ALWAYS = (
+    "dataset",
+    "partition",
+    "alpha",
+    "clients",
+    "join_ratio",
+    "rounds",
+    "local_epochs",
+    "batch_size",
+    "lr",
+    "model",
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,8 @@ class Cell:
 class AccuracyTable:
     """Methods x settings of one protocol.
 
-    `columns` has the label (dataset, partition) of each setting by number, `algos` the id of each method in `rows`.
+    `columns` has the labels of each setting by number: one for each of `levels`, the outer head first. `algos` has the
+    id of each method in `rows`.
     """
 
     protocol: int
@@ -57,9 +70,16 @@ class AccuracyTable:
     selection: str
     rows: list[str]
     algos: dict[str, str]
-    columns: dict[int, tuple[str, str]]
+    levels: tuple[str, ...]
+    columns: dict[int, tuple[str, ...]]
     cells: dict[tuple[str, int], Cell]
     notes: list[str]
+
+    @property
+    def heads(self) -> list[list[tuple[str, int]]]:
+        """The lines of the table's head, the outermost first: texts, with the number of columns below each."""
+        outer = [[label[:depth] for label in self.columns.values()] for depth in range(1, len(self.levels) + 1)]
+        return [[(label[-1], len(list(group))) for label, group in itertools.groupby(line)] for line in outer]
 
     def row(self, method: str) -> list[Cell | None]:
         """Return a method's cells, None for a setting without a run."""
@@ -113,8 +133,12 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
         rows = in_order(group["method"].unique())
         algos = dict(zip(group["method"], group["algo"], strict=True))
         notes = [*_mark(cells, columns, metric, tests), *_seeds(cells), *_sources(runs, algos)]
-        title = describe(settings[settings["protocol"] == protocol].iloc[0])
-        out.append(AccuracyTable(int(str(protocol)), title, metric, selection, rows, algos, columns, cells, notes))
+        title = describe(settings[settings["protocol"] == protocol].iloc[0], runs.columns)
+        out.append(
+            AccuracyTable(
+                int(str(protocol)), title, metric, selection, rows, algos, runs.columns, columns, cells, notes
+            )
+        )
     return out
 
 
@@ -184,35 +208,49 @@ def _sources(runs: Runs, algos: Mapping[str, str]) -> list[str]:
     ]
 
 
-def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, str]]:
-    """Return (dataset, partition) of each setting, with the details that distinguish the settings."""
+def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, ...]]:
+    """Return the labels of each setting, one for each column, with the details that distinguish the settings."""
     data = runs.runs.groupby("setting")["data_fingerprint"].first()
-
-    def label(row: "pd.Series[Any]") -> tuple[str, str]:
-        kind = {
-            "dirichlet": f"α={row['alpha']:g}" if row["alpha"] is not None else "α",
-            "pathological": f"{row['classes_per_client']:.0f} classes" if row["classes_per_client"] is not None else "",
-        }.get(row["partition"], str(row["partition"]))
-        plain = RunSpec(partition=row["partition"]).normalised().balanced
-        if row["partition"] in ("dirichlet", "iid", "pathological") and bool(row["balanced"]) != bool(plain):
-            kind += ", balanced" if row["balanced"] else ", unbalanced"
-        return str(row["dataset"]).partition("@")[0], kind  # a fingerprint follows the @, as in `data`
-
-    found = {int(str(number)): label(row) for number, row in settings.iterrows()}
+    found = {int(str(n)): tuple(_label(row, column) for column in runs.columns) for n, row in settings.iterrows()}
     for detail in ("min_samples", "data"):
-        counts = pd.Series(list(found.values())).value_counts()
-        for number, (dataset, kind) in found.items():
-            if counts[(dataset, kind)] > 1:
+        count = Counter(found.values())
+        for number, label in found.items():
+            if count[label] > 1:
                 value = str(data[number])[:6] if detail == "data" else str(settings.loc[number, detail])
-                found[number] = dataset, f"{kind}, {detail} {value}"
+                found[number] = *label[:-1], f"{label[-1]}, {detail} {value}"
     return found
 
 
-def describe(row: "pd.Series[Any]") -> str:
-    """Return a protocol in words: its main settings, and all others that differ from pflbench's defaults."""
+def _label(row: "pd.Series[Any]", column: str) -> str:
+    """Return the head of a setting in the `column` of a table; `row` has its values."""
+    if column == "dataset":
+        return str(row["dataset"]).partition("@")[0]  # a fingerprint follows, as in `data_fingerprint`
+    if column != "partition":
+        return short(column, row[column])
+    kind = {
+        "dirichlet": short("alpha", row["alpha"]) if row["alpha"] is not None else "α",
+        "pathological": f"{row['classes_per_client']:.0f} classes" if row["classes_per_client"] is not None else "",
+    }.get(row["partition"], str(row["partition"]))
+    plain = RunSpec(partition=row["partition"]).normalised().balanced
+    if row["partition"] in ("dirichlet", "iid", "pathological") and bool(row["balanced"]) != bool(plain):
+        kind += ", balanced" if row["balanced"] else ", unbalanced"
+    return kind
+
+
+def short(name: str, value: Any) -> str:
+    """Return a setting with its value as a table's head has it, for example "P=0.2"."""
+    words = {"dataset": "", "alpha": "α=", "join_ratio": "P=", "local_epochs": "E="}
+    return f"{words.get(name, name.replace('_', ' ') + ' ')}{_plain(value)}"
+
+
+def describe(row: "pd.Series[Any]", columns: Sequence[str]) -> str:
+    """Return a protocol in words: its main settings, and all others that differ from pflbench's defaults.
+
+    Settings that the `columns` of a table show are left out.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(RunSpec)}
-    names = [n for n in row.index if n in defaults and n not in COLUMNS and n != "algo"]
-    shown = [n for n in names if n in _ALWAYS or not (row[n] == defaults[n] or pd.isna(row[n]))]
+    names = [n for n in row.index if n in defaults and n not in (*covered(columns), "algo")]
+    shown = [n for n in names if not pd.isna(row[n]) and (n in _ALWAYS or row[n] != defaults[n])]
     return ", ".join(f"{name.replace('_', ' ')} {_plain(row[name])}" for name in sorted(shown, key=_order))
 
 

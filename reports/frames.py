@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from pflbench.core import registry
 from pflbench.errors import UsageError, unknown
+from pflbench.settings import fields, kind
+from pflbench.spec import RunSpec
 from pflbench.store import schema
 from pflbench.store.schema import METRICS, SEEDS, Contents, RecordError
 
@@ -21,8 +23,8 @@ SELECTIONS = {
     "last5": "mean of the last five evaluations",
     "best-test": "best round on the TEST data: an optimistic number, no fair comparison",
 }
-COLUMNS = ("dataset", "partition", "alpha", "classes_per_client", "balanced", "min_samples")
-"""Settings that a table shows as columns: runs of one protocol may differ in them."""
+PARTITION = ("partition", "alpha", "classes_per_client", "balanced", "min_samples")
+"""The settings that make one column of a table: "partition", or "alpha"."""
 COSTS = ("bytes_up", "bytes_down", "seconds", "evaluation_seconds")
 TABLES = ("runs", "rounds", "evaluations", "clients")
 _NO_FOLDERS = ("tensorboard",)  # other folders that pflbench writes next to the runs
@@ -36,7 +38,7 @@ class Runs:
     method's id), `method` (the paper's name of the method, with its source and those hyperparameters in which runs of
     the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the total costs (`COSTS`), and
     `path`. Runs of one `setting` differ only in method, hyperparameters and seeds; settings of one `protocol` differ
-    only in dataset and partition.
+    only in the settings that a table shows as `columns`, outer heads first: "partition" stands for all of `PARTITION`.
     `rounds` has a row per round of training, `evaluations` one per evaluation, `clients` one per client and evaluation;
     all have the column `run`. Accuracies are fractions. In `runs` and `rounds`, `seconds` are of training; in records
     of schema 1 they contain the evaluations, whose seconds are unknown (NaN).
@@ -48,6 +50,7 @@ class Runs:
     evaluations: pd.DataFrame
     clients: pd.DataFrame
     left_out: pd.DataFrame
+    columns: tuple[str, ...]
 
     def settings(self) -> "pd.DataFrame":
         """Return a row for each setting, indexed by its number, with the values that all its runs share."""
@@ -59,14 +62,18 @@ class Runs:
         )
 
 
-def load(*paths: Path | str) -> Runs:
+def load(*paths: Path | str, columns: Iterable[str] | None = None) -> Runs:
     """Return the records in `paths`: run folders, or folders of them.
+
+    `columns` names the settings that a table shows as columns, outer heads first; "alpha" is the whole partition. By
+    default these are dataset and partition, and the join ratio if runs differ in it and in no other setting.
 
     Only one of two records of the same run is used, unless they have different sources: then both are used, and the
     first six digits of its source's fingerprint are appended to the second one's id. A record that also has the
     clients' own models replaces a record of the same run without them.
-    Raises `UsageError` when a path does not exist.
+    Raises `UsageError` when a path does not exist, and for a column that is no setting.
     """
+    chosen = None if columns is None else _columns(columns)
     found: dict[str, tuple[Path, Contents]] = {}
     left_out: list[tuple[str, str]] = []
     for path in _folders(paths):
@@ -93,8 +100,9 @@ def load(*paths: Path | str) -> Runs:
     tables = [schema.table([], schema.OWN_CLIENTS), *(contents.clients for _, contents in found.values())]
     clients = pa.concat_tables(tables, promote_options="default").to_pandas()
     clients["run"] = [name for name, (_, contents) in found.items() for _ in range(len(contents.clients))]
+    chosen = chosen or _default_columns(table)
     return Runs(
-        _with_settings(table) if len(table) else table,
+        _with_settings(table, chosen) if len(table) else table,
         pd.DataFrame(rounds, columns=["run", *schema.ROUND]),
         pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION, *schema.OWN]).astype(
             # Unknown values must not change the type of a column to object.
@@ -102,6 +110,7 @@ def load(*paths: Path | str) -> Runs:
         ),
         clients,
         pd.DataFrame(left_out, columns=["path", "reason"]),
+        chosen,
     )
 
 
@@ -257,14 +266,50 @@ def _no_setting(table: pd.DataFrame) -> list[str]:
     return [c for c in found if c in excluded or c.endswith(("_fingerprint", "_version"))]
 
 
-def _with_settings(table: pd.DataFrame) -> pd.DataFrame:
-    """Return `table`, in order, with the columns `method`, `protocol` and `setting`."""
-    spec = [str(c) for c in table.columns.drop(_no_setting(table))]
-    numbers = [c for c in COLUMNS if c not in ("dataset", "partition")]
+def _columns(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns of tables, each once. Raises `UsageError` for a name that is no setting of a run."""
+    known = [n for n in fields(RunSpec) if n not in ("algo", "tested", *SEEDS)]
+    found = []
+    for name in (name.replace("-", "_") for name in names):
+        if name not in known:
+            raise unknown("column", name, known)
+        found.append("partition" if name in PARTITION else name)
+    return tuple(dict.fromkeys(found))
+
+
+def _default_columns(table: pd.DataFrame) -> tuple[str, ...]:
+    """Return dataset and partition, and the join ratio if runs differ in it and in no other setting."""
+    columns: tuple[str, ...] = ("dataset", "partition")
+    if len(table):
+        rest = _joined(table, [c for c in _spec(table) if c not in (*covered(columns), "join_ratio")])
+        if table.groupby(rest)["join_ratio"].nunique().max() > 1:
+            columns = (*columns, "join_ratio")
+    return columns
+
+
+def covered(columns: Iterable[str]) -> list[str]:
+    """Return the settings that the `columns` of a table stand for."""
+    return [name for column in columns for name in (PARTITION if column == "partition" else (column,))]
+
+
+def _spec(table: pd.DataFrame) -> list[str]:
+    return [str(c) for c in table.columns.drop(_no_setting(table))]
+
+
+def _joined(table: pd.DataFrame, columns: Iterable[str]) -> "pd.Series[str]":
+    """Return the values of `columns` in each row as one text."""
+    return table[list(columns)].apply(lambda row: json.dumps(row.tolist()), axis=1)
+
+
+def _with_settings(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Return `table`, in the order of `columns`, with the columns `method`, `protocol` and `setting`."""
+    spec = _spec(table)
+    first = list(dict.fromkeys([*covered(columns), *covered(("dataset", "partition"))]))
+    numbers = [c for c in first if c not in ("dataset", "partition") and kind(RunSpec, c)[0] is not str]
     order = table.assign(**{c: pd.to_numeric(table[c], errors="coerce") for c in numbers})
-    table = table.loc[order.sort_values([*COLUMNS, "algo", "seed"]).index].reset_index(drop=True)
-    protocol = table[[c for c in spec if c not in COLUMNS]].apply(lambda row: json.dumps(row.tolist()), axis=1)
-    setting = table[spec].apply(lambda row: json.dumps(row.tolist()), axis=1) + table["data_fingerprint"]
+    table = table.loc[order.sort_values([*first, "algo", "seed"]).index].reset_index(drop=True)
+    protocol = _joined(table, [c for c in spec if c not in covered(columns)])
+    setting = _joined(table, spec) + table["data_fingerprint"]
     numbered = {"protocol": pd.factorize(protocol)[0], "setting": pd.factorize(setting)[0]}
     return table.assign(method=_methods(table), **numbered)
 

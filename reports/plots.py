@@ -23,6 +23,13 @@ _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
+FACTORS = {
+    "alpha": ("alpha", "Dirichlet α (small: uneven)"),
+    "join_ratio": ("join ratio", "join ratio P, share of the clients in a round"),
+}
+"""The settings against which accuracy is drawn: their names, and the labels of their axes."""
+
+
 @dataclass(frozen=True)
 class Style:
     """How a method is drawn."""
@@ -117,22 +124,23 @@ def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style],
     return figure
 
 
-def against_alpha(points: pd.DataFrame, style: dict[str, Style], title: str) -> "Figure":
-    """Draw `points` (method, alpha, mean, std; fractions) of one dataset and protocol: accuracy against alpha."""
+def against(points: pd.DataFrame, style: dict[str, Style], title: str, factor: str = "alpha") -> "Figure":
+    """Draw accuracy against `factor`, "alpha" or "join_ratio". `points` has method, factor, mean and std, fractions."""
     figure = _figure(6.2, 3.6)
     axes = figure.subplots()
-    for method, rows in _groups(points.sort_values("alpha"), style):
+    for method, rows in _groups(points.sort_values(factor), style):
         look = style[method]
         axes.errorbar(
-            rows["alpha"], 100 * rows["mean"], yerr=None if rows["std"].isna().any() else 100 * rows["std"],
+            rows[factor], 100 * rows["mean"], yerr=None if rows["std"].isna().any() else 100 * rows["std"],
             color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=4, capsize=2, linewidth=1.3,
             label=method,
         )  # fmt: skip
-    axes.set_xscale("log")
-    ticks = sorted(points["alpha"].unique())
+    if factor == "alpha":
+        axes.set_xscale("log")
+    ticks = sorted(points[factor].unique())
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("Dirichlet α (small: uneven)")
+    axes.set_xlabel(FACTORS[factor][1])
     axes.set_ylabel("accuracy, %")
     _clean(axes)
     _legend(figure, axes, title)

@@ -30,8 +30,14 @@ def markdown(table: AccuracyTable) -> str:
             return "missing"
         return {"best": "**{}**", "close": "<u>{}</u>", "": "{}"}[found.mark].format(found.text())
 
-    head = ["method", *(f"{dataset}, {kind}" for dataset, kind in table.columns.values())]
-    lines = [head, ["---", *("---:" for _ in table.columns)]]
+    labels = list(table.columns.values())
+    rule = ["---", *("---:" for _ in labels)]
+    if len(table.levels) < 3:
+        lines = [["method", *map(", ".join, labels)], rule]
+    else:  # Markdown has one line of heads: the innermost heads are the first line of the body
+        outer = [", ".join(label[:-1]) for label in labels]
+        shown = [text if i == 0 or text != outer[i - 1] else "" for i, text in enumerate(outer)]
+        lines = [["method", *shown], rule, ["", *(f"*{label[-1]}*" for label in labels)]]
     lines += [[method, *map(cell, table.row(method))] for method in table.rows]
     text = "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in lines)
     notes = "".join(f"- {note}\n" for note in table.notes)
@@ -57,17 +63,16 @@ def latex(table: AccuracyTable) -> str:
         number = found.text().replace(" ± ", r"\,$\pm$\,")
         return {"best": r"\textbf{{{}}}", "close": r"\underline{{{}}}", "": "{}"}[found.mark].format(number)
 
-    groups = [(name, len(list(found))) for name, found in itertools.groupby(d for d, _ in table.columns.values())]
-    top = " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(name)}}}" for name, n in groups)
-    ends = list(itertools.accumulate((n for _, n in groups), initial=1))
-    rules = " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in itertools.pairwise(ends))
+    top = ""
+    for heads in table.heads[:-1]:
+        ends = list(itertools.accumulate((n for _, n in heads), initial=1))
+        top += "  & " + " & ".join(rf"\multicolumn{{{n}}}{{c}}{{{tex(text)}}}" for text, n in heads) + " \\\\\n"
+        top += "  " + " ".join(rf"\cmidrule(lr){{{a + 1}-{b}}}" for a, b in itertools.pairwise(ends)) + "\n"
     body = "\n".join(rf"  {tex(m)} & {' & '.join(map(cell, table.row(m)))} \\" for m in table.rows)
     notes = "".join(f"% {line}\n" for line in (f"{heading(table)}. Protocol: {table.title}.", *table.notes))
     return rf"""{notes.replace("±", "+-").replace("α", "alpha")}\begin{{tabular}}{{l{"r" * len(table.columns)}}}
   \toprule
-  & {top} \\
-  {rules}
-  method & {" & ".join(tex(kind) for _, kind in table.columns.values())} \\
+{top}  method & {" & ".join(tex(label[-1]) for label in table.columns.values())} \\
   \midrule
 {body}
   \bottomrule
@@ -78,11 +83,11 @@ def latex(table: AccuracyTable) -> str:
 def rows(table: AccuracyTable) -> Iterator[dict[str, Any]]:
     """Yield a dict for each cell, and for each missing cell."""
     for method in table.rows:
-        for (dataset, kind), cell in zip(table.columns.values(), table.row(method), strict=True):
+        for labels, cell in zip(table.columns.values(), table.row(method), strict=True):
             found = cell or Cell(math.nan, None, None, ())
             low, high = found.interval or (None, None)
             yield {
-                "protocol": table.title, "dataset": dataset, "partition": kind, "algo": table.algos[method],
+                "protocol": table.title, **dict(zip(table.levels, labels, strict=True)), "algo": table.algos[method],
                 "method": method, "metric": table.metric, "selection": table.selection,
                 "mean": None if cell is None else found.mean, "std": found.std, "ci95_low": low, "ci95_high": high,
                 "seeds": len(found.runs), "mark": found.mark, "runs": " ".join(found.runs),
@@ -108,8 +113,8 @@ def terminal(table: AccuracyTable) -> "RichTable":
     out = Table(title=heading(table), caption=table.title, box=rich.box.SIMPLE_HEAD)
     out.title_justify = out.caption_justify = "left"
     out.add_column("method", no_wrap=True)
-    for dataset, kind in table.columns.values():
-        out.add_column(f"{dataset}\n{kind}", justify="right", no_wrap=True)
+    for labels in table.columns.values():
+        out.add_column("\n".join(labels), justify="right", no_wrap=True)
     for method in table.rows:
         styles = {"best": "bold", "close": "underline", "": ""}
         cells = [Text("missing", "dim") if c is None else Text(c.text(), styles[c.mark]) for c in table.row(method)]

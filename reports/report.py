@@ -2,7 +2,7 @@
 
 import base64
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 
 from pflbench import files
 from pflbench.errors import UsageError
+from pflbench.published import Published
 
-from . import partition_plot, plots, stats
+from . import dots, partition_plot, plots, published, stats
 from .accuracy import AccuracyTable, Comparisons, Duels, accuracy_tables, duels
 from .frames import Runs, client_scores, in_order, scores
+from .published import Held, Reproduction, hold
 from .render import csv_text, heading, latex, markdown
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Report:
     tables: list[AccuracyTable]
     ranks: dict[int, stats.Ranks | str]
     duels: dict[int, Duels | str]
+    published: list[Reproduction]
     targets: dict[int, tuple[float, str, pd.DataFrame]]
     """By setting: the accuracy, a note on it, and a row per method with its mean costs over the seeds that reach it.
 
@@ -43,8 +46,16 @@ class Report:
     """
 
 
-def make(runs: Runs, metric: str = "accuracy", selection: str = "last", target: float | None = None) -> Report:
+def make(
+    runs: Runs,
+    metric: str = "accuracy",
+    selection: str = "last",
+    target: float | None = None,
+    published: Sequence[Published] = (),
+) -> Report:
     """Return the report on `runs`. `target` is the accuracy, a fraction, up to which costs are compared.
+
+    `published` has the figures of papers, which are shown beside those of the runs.
 
     Raises `UsageError` when there is no finished run, no run has the metric, or a name is unknown.
     """
@@ -58,7 +69,8 @@ def make(runs: Runs, metric: str = "accuracy", selection: str = "last", target: 
     found = accuracy_tables(runs, metric, selection, tests)
     ranks = {table.protocol: _ranks(table) for table in found}
     wins = {table.protocol: duels(table, tests) for table in found}
-    return Report(runs, metric, selection, found, ranks, wins, _targets(runs, target))
+    held = [hold(runs, one) for one in published]
+    return Report(runs, metric, selection, found, ranks, wins, held, _targets(runs, target))
 
 
 def _ranks(table: AccuracyTable) -> stats.Ranks | str:
@@ -126,6 +138,10 @@ def write(report: Report, out: Path, *, workers: int = 1) -> list[Path]:
             (made / f"{stem}.md").write_text(markdown(table), encoding="utf-8")
             (made / f"{stem}.tex").write_text(latex(table), encoding="utf-8")
         (made / "accuracy.csv").write_text(csv_text(report.tables), encoding="utf-8")
+        for i, held in enumerate(report.published):
+            stem = "published" if len(report.published) == 1 else f"published-{i}"
+            (made / f"{stem}.md").write_text(published.markdown(held), encoding="utf-8")
+            (made / f"{stem}.csv").write_text(published.csv_text(held), encoding="utf-8")
         (made / "report.html").write_text(html(report, made / "plots"), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
@@ -145,9 +161,9 @@ def _plots(report: Report) -> list[Job]:
     of_clients = client_scores(runs, metric, report.selection)
     jobs: list[Job] = []
     for table in report.tables:
-        for setting, (dataset, kind) in table.columns.items():
+        for setting, labels in table.columns.items():
             rows = runs.runs[runs.runs["setting"] == setting]
-            title = f"{dataset}, {kind}"
+            title = ", ".join(labels)
             # The seconds in records of schema 1 contain the evaluations, so a plot of such a record must say so.
             time = "seconds of training" if (rows["schema"] > 1).all() else "seconds, with evaluations in some runs"
             lines = curves[curves["setting"] == setting]
@@ -159,14 +175,24 @@ def _plots(report: Report) -> list[Job]:
             jobs.append((f"clients-{setting}", plots.clients, (values, style, title)))
             first = rows.sort_values("seed").iloc[0]
             jobs.append((f"partition-{setting}", _partition, (Path(first["path"]), f"{title}, seed {first['seed']}")))
-        for i, (dataset, points) in enumerate(_alphas(report, table).items()):
-            if points["alpha"].nunique() > 1:
-                jobs.append((f"alpha-{table.protocol}-{i}", plots.against_alpha, (points, style, dataset)))
+        for factor in plots.FACTORS:
+            for i, (others, points) in enumerate(_against(report, table, factor).items()):
+                jobs.append((f"{factor}-{table.protocol}-{i}", plots.against, (points, style, others, factor)))
         ranks = report.ranks[table.protocol]
         if isinstance(ranks, stats.Ranks):
             title = f"average ranks over {ranks.settings} settings"
             jobs.append((f"ranks-{table.protocol}", plots.critical_difference, (ranks, stats.cliques(ranks), title)))
+    for i, held in enumerate(report.published):
+        for j, (column, of_column) in enumerate(held.columns().items()):
+            looks = {row.method: _look(row, runs, style) for row in of_column}
+            jobs.append((f"published-{i}-{j}", dots.figure, (of_column, looks, column)))
     return jobs
+
+
+def _look(row: Held, runs: Runs, style: dict[str, plots.Style]) -> plots.Style:
+    """Return the look of a method of a published table: that of its runs, grey without runs."""
+    methods = runs.runs.loc[runs.runs["run"].isin(row.runs), "method"]
+    return style[methods.iloc[0]] if len(methods) else plots.Style("#8a8f96", "-", "o")
 
 
 def _draw(job: Job, folder: Path) -> None:
@@ -182,16 +208,23 @@ def _partition(run: Path, title: str) -> "Figure":
     return partition_plot.figure(counts, names, title)
 
 
-def _alphas(report: Report, table: AccuracyTable) -> dict[str, pd.DataFrame]:
-    """Return method, alpha, mean and std of a table's Dirichlet settings, by dataset."""
+def _against(report: Report, table: AccuracyTable, factor: str) -> dict[str, pd.DataFrame]:
+    """Return method, `factor`, mean and std of a table's settings, by the labels of the settings in all else.
+
+    Settings that differ in nothing but the factor, an "alpha" or a "join_ratio", are one entry; it has two or more.
+    """
     settings = report.runs.settings()
+    level = "partition" if factor == "alpha" else factor
     points: dict[str, list[dict[str, Any]]] = {}
     for (method, setting), cell in table.cells.items():
         row = settings.loc[setting]
-        if row["partition"] == "dirichlet":
-            line = {"method": method, "alpha": float(str(row["alpha"])), "mean": cell.mean, "std": cell.std}
-            points.setdefault(table.columns[setting][0], []).append(line)
-    return {dataset: pd.DataFrame(lines).astype({"std": float}) for dataset, lines in points.items()}
+        if level in table.levels and (factor != "alpha" or row["partition"] == "dirichlet"):
+            labels = zip(table.levels, table.columns[setting], strict=True)
+            others = ", ".join(label for name, label in labels if name != level)
+            line = {"method": method, factor: float(str(row[factor])), "mean": cell.mean, "std": cell.std}
+            points.setdefault(others, []).append(line)
+    found = {others: pd.DataFrame(lines).astype({"std": float}) for others, lines in points.items()}
+    return {others: lines for others, lines in found.items() if lines[factor].nunique() > 1}
 
 
 def html(report: Report, folder: Path) -> str:
@@ -214,8 +247,9 @@ def html(report: Report, folder: Path) -> str:
     ]  # fmt: skip
     values = scores(runs, report.metric, report.selection)
     alphas: dict[int, list[tuple[str, str]]] = {}
-    for path in sorted(folder.glob("alpha-*.png")):
-        alphas.setdefault(int(path.stem.split("-")[1]), []).append((path.stem, "accuracy against alpha"))
+    for factor, (name, _) in plots.FACTORS.items():
+        for path in sorted(folder.glob(f"{factor}-*.png")):
+            alphas.setdefault(int(path.stem.split("-")[1]), []).append((path.stem, f"accuracy against {name}"))
     return page.render(
         runs=[_run(row, labels, float(values[row["run"]])) for _, row in runs.runs.iterrows()],
         methods=in_order(runs.runs["method"].unique()),
@@ -227,6 +261,7 @@ def html(report: Report, folder: Path) -> str:
         alphas=alphas,
         images={path.stem: base64.b64encode(path.read_bytes()).decode() for path in folder.glob("*.png")},
         left_out=list(runs.left_out.itertuples(index=False, name=None)),
+        published=[(held, published.lines(held), list(held.columns())) for held in report.published],
     )
 
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 from pflbench.cli import options
+from pflbench.errors import UsageError
 
 if TYPE_CHECKING:
+    from pflbench.published import Published
     from pflbench.reports import Runs
 
 
@@ -18,8 +20,20 @@ if TYPE_CHECKING:
 @options.selection
 @click.option("--target", metavar="FLOAT", help="compare costs up to this accuracy, a fraction  [default: 90 % of the "
               "best method's]")  # fmt: skip
+@click.option("--columns", metavar="NAMES", help="settings that are the columns of a table, the outer heads first, "
+              "such as alpha,join_ratio  [default: dataset,alpha, and join_ratio if it differs]")  # fmt: skip
+@click.option("--published", metavar="SUITE", multiple=True, help="a suite, ready or a TOML file, whose published "
+              "figures are shown beside those of the runs; may be repeated")  # fmt: skip
 @options.out("report", "the report")
-def command(runs: tuple[str, ...], metric: str, selection: str, target: str | None, out: str) -> None:
+def command(
+    runs: tuple[str, ...],
+    metric: str,
+    selection: str,
+    target: str | None,
+    columns: str | None,
+    published: tuple[str, ...],
+    out: str,
+) -> None:
     """Turn records into tables, statistics and plots: report.html, and files for papers.
 
     RUNS are run folders, or folders of them  [default: runs].
@@ -30,8 +44,9 @@ def command(runs: tuple[str, ...], metric: str, selection: str, target: str | No
     from pflbench.reports import report as reporting
 
     folder = options.folder("out", out)
-    found = load(runs)
-    made = reporting.make(found, metric, selection, None if target is None else options.fraction("target", target))
+    found = load(runs, None if columns is None else columns.split(","))
+    limit = None if target is None else options.fraction("target", target)
+    made = reporting.make(found, metric, selection, limit, [figures(name) for name in published])
     files = reporting.write(made, folder, workers=cores())
     shown = console()
     for table in made.tables:
@@ -41,11 +56,21 @@ def command(runs: tuple[str, ...], metric: str, selection: str, target: str | No
     shown.print(f"{len(found.runs)} runs; " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
 
 
-def load(runs: tuple[str, ...]) -> "Runs":
+def figures(name: str) -> "Published":
+    """Return the published figures of suite `name`. Raises `UsageError` when it has none."""
+    from pflbench.cli.sweep import read_suite
+
+    found = read_suite(name).published
+    if found is None:
+        raise UsageError(f"published: the suite {name!r} has no table [published]")
+    return found
+
+
+def load(runs: tuple[str, ...], columns: list[str] | None = None) -> "Runs":
     """Return the records in the folders `runs`, and tell the user which folders were left out."""
     from pflbench.reports import frames
 
-    found = frames.load(*map(Path, runs or ("runs",)))
+    found = frames.load(*map(Path, runs or ("runs",)), columns=columns)
     for path, reason in found.left_out.itertuples(index=False):
         options.notice(f"left out {path}: {reason}")
     return found

@@ -44,7 +44,7 @@ def command(
     """
     from pflbench.engine.cores import cores
 
-    chosen = Suite() if suite is None else _suite(suite)
+    chosen = Suite() if suite is None else read_suite(suite)
     specs = chosen.narrowed({name: values for name, values in given.items() if values})
     if not specs:
         raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
@@ -98,7 +98,7 @@ def _show_plan(runs: "list[Experiment]", found: dict[str, str | None], *, as_jso
     click.echo(counts(found))
 
 
-def _suite(name: str) -> Suite:
+def read_suite(name: str) -> Suite:
     """Return the ready suite `name`, or the suite in the file `name`."""
     ready = suites()
     path = ready.get(name, Path(name))

@@ -34,6 +34,7 @@ def write_record(
     draw = np.random.RandomState(spec.seed)
     n = draw.randint(20, 60, spec.clients)
     rounds, tests, clients = [], [], []
+    both = spec.tested == "both"
     for i in range(1, evaluations + 1):
         rise = (i if peak is None else evaluations - abs(peak - i)) / evaluations
         whole = 0.5 if peak is None else 2.0 / i
@@ -56,9 +57,13 @@ def write_record(
         )  # fmt: skip
         clients += [
             {"round": i, "client": c, "n": int(n[c]), "accuracy": each[c],
-             "global_accuracy": None if algo == "local" else whole * each[c]}
+             "global_accuracy": None if algo == "local" else whole * each[c],
+             **({"own_accuracy": each[c] / 2} if both else {})}
             for c in range(spec.clients)
         ]  # fmt: skip
+    if both:
+        for test in tests:
+            test |= {f"own_{name}": test[name] / 2 for name in schema.EVALUATION[1:5]}
     if kind == 1:
         rounds = [
             {**row, **{name: value for name, value in test.items() if name not in row}, "seconds": 0.75}
@@ -85,7 +90,7 @@ def write_record(
     (folder / "run.json").write_text(json.dumps(run))
     for file, rows in (("rounds", rounds), ("evaluations", tests))[:kind]:
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(schema.table(clients, schema.CLIENTS), folder / "clients.parquet")
+    pq.write_table(schema.table(clients, schema.clients_columns(spec)), folder / "clients.parquet")
     samples = [
         {"client": c, "class": k, "train": 3 * (c + k) + 1, "test": c + k}
         for c in range(spec.clients)

@@ -276,7 +276,7 @@ _PROBE = """
 <script>
 window.onerror = text => { document.title = "error " + text; };
 addEventListener("load", () => {
-  const click = (table, column) => table.tHead.rows[0].cells[column].querySelector("button").click();
+  const click = (table, column) => [...table.tHead.rows].at(-1).cells[column].querySelector("button").click();
   const text = cell => cell.dataset.value || cell.textContent;
   const column = (table, i) => [...table.tBodies[0].rows].map(row => text(row.cells[i]));
   const table = document.querySelector("table.sortable"), out = {};

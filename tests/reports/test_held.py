@@ -1,0 +1,123 @@
+"""Published figures beside ours."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from pflbench import UsageError
+from pflbench.published import Published
+from pflbench.reports import load, scores
+from pflbench.reports import report as reporting
+from pflbench.reports.published import csv_text, hold, lines, markdown
+
+BASE = {"dataset": "cifar10", "clients": 10, "rounds": 5, "join_ratio": 0.5}
+
+
+def published(*rows, columns=None, base=None):
+    rows = rows or ({"algo": "fedavg", "percent": [50, 40], "metric": "own_accuracy", "name": "FedAvg-P"},)
+    values = {"source": "A paper, Table 1", "columns": columns or {"alpha": [0.1, 0.5]}, "row": list(rows)}
+    return Published.from_toml(values, base or BASE, Path("suite.toml"))
+
+
+def test_a_figure_stands_beside_ours_and_the_difference_is_to_the_one_that_it_is_held_against(write, tmp_path):
+    write(tmp_path, tested="both", level=0.8)
+    runs = load(tmp_path)
+    found = hold(runs, published())
+    first, second = found.rows
+    own = scores(runs, "own_accuracy").iloc[0]
+    assert (first.method, first.column, first.published) == ("FedAvg-P", "α=0.1", 0.5)
+    assert first.held.mean == own
+    assert first.difference == pytest.approx(own - 0.5)
+    assert first.ours["accuracy", "last"].mean == scores(runs, "accuracy").iloc[0] == pytest.approx(2 * own)
+    assert first.ours["own_accuracy", "best-test"].mean == scores(runs, "own_accuracy", "best-test").iloc[0]
+    assert (second.published, second.ours, second.held, second.difference, second.runs) == (0.4, {}, None, None, ())
+
+
+def test_a_cell_without_a_run_is_missing_and_never_ours(write, tmp_path):
+    write(tmp_path, tested="both")
+    row = lines(hold(load(tmp_path), published()))[1]
+    assert row["published"] == "40.00"
+    assert {row[name] for name in ("deployed", "own", "difference")} == {None}
+    text = markdown(hold(load(tmp_path), published()))
+    assert "| FedAvg-P | α=0.5 | 40.00 | missing | missing | missing | missing | own | missing |" in text
+    assert "1 of 2 published figures have no run of ours." in text
+
+
+def test_a_method_that_pflbench_does_not_have_is_missing(write, tmp_path):
+    write(tmp_path)
+    found = hold(load(tmp_path), published({"algo": "gpfl", "percent": [61, 62]}))
+    assert [row.ours for row in found.rows] == [{}, {}]
+
+
+def test_more_than_two_deviations_over_seeds_are_a_sentence(write, tmp_path):
+    for seed in (0, 1, 2):
+        write(tmp_path, level=0.8, spread=0.02, seed=seed)
+    runs = load(tmp_path)
+    values = scores(runs, "accuracy")
+    std = float(values.std(ddof=1))
+    for off, said in ((1.9, 0), (2.1, 1), (-2.1, 1)):
+        percent = 100 * (float(values.mean()) + off * std)
+        found = hold(runs, published({"algo": "fedavg", "percent": [percent]}, columns={"alpha": [0.1]}))
+        sentences = [note for note in found.notes if "more than two standard deviations over 3 seeds" in note]
+        assert len(sentences) == said
+        if said:
+            assert ("below" if off > 0 else "above") in sentences[0]
+            assert sentences[0].startswith("FedAvg, α=0.1: ours is ")
+
+
+def test_one_seed_is_said_to_be_one(write, tmp_path):
+    write(tmp_path, tested="both")
+    assert "Ours is one seed" in " ".join(hold(load(tmp_path), published()).notes)
+
+
+def test_hyperparameters_tell_rows_of_one_method_apart(write, tmp_path):
+    write(tmp_path, "fedas", hyper={"alignment": "off"}, level=0.3)
+    write(tmp_path, "fedas", hyper={}, level=0.6)
+    rows = ({"algo": "fedas", "set": {"alignment": "off"}, "percent": [30]}, {"algo": "fedas", "percent": [60]})
+    off, both = hold(load(tmp_path), published(*rows, columns={"alpha": [0.1]})).rows
+    assert abs(off.difference) < 0.15 > abs(both.difference)
+    assert off.runs != both.runs
+
+
+def test_runs_of_another_setting_than_the_suites_are_used_only_if_they_agree_and_are_named(write, tmp_path):
+    write(tmp_path, dataset="folder:jpegs", level=0.8, tested="both")
+    found = hold(load(tmp_path), published())
+    assert found.rows[0].held is not None
+    assert "dataset is folder:jpegs instead of cifar10" in found.notes[0]
+    write(tmp_path, dataset="folder:others", tested="both")
+    found = hold(load(tmp_path), published())
+    assert found.rows[0].held is None
+    assert "the runs differ in dataset: choose with --where" in found.notes[0]
+    write(tmp_path, dataset="cifar10", tested="both")
+    found = hold(load(tmp_path), published())
+    assert len(found.rows[0].runs) == 1
+    assert "dataset" not in " ".join(found.notes)
+
+
+def test_an_unknown_metric_is_refused_with_a_suggestion(write, tmp_path):
+    write(tmp_path)
+    with pytest.raises(UsageError, match=r"metric in published.*own_accuracy"):
+        hold(load(tmp_path), published({"algo": "fedavg", "percent": [1, 2], "metric": "own_acuracy"}))
+
+
+def test_the_csv_has_fractions_and_the_runs(write, tmp_path):
+    folder = write(tmp_path, tested="both")
+    first, second = csv.DictReader(csv_text(hold(load(tmp_path), published())).splitlines())
+    assert float(first["published"]) == 0.5
+    assert float(first["difference"]) == pytest.approx(float(first["own"]) - 0.5)
+    assert (first["held against"], first["seeds"], first["runs"]) == ("own", "1", folder.name)
+    assert (second["own"], second["difference"], second["seeds"], second["runs"]) == ("", "", "0", "")
+
+
+def test_the_report_has_files_a_plot_for_each_column_with_runs_and_a_section(write, tmp_path):
+    write(tmp_path / "runs", tested="both")
+    made = reporting.make(load(tmp_path / "runs"), published=[published()])
+    reporting.write(made, tmp_path / "report")
+    assert (tmp_path / "report" / "published.md").read_text().startswith("Accuracy in percent, beside")
+    assert (tmp_path / "report" / "published.csv").exists()
+    plots = sorted(path.name for path in (tmp_path / "report" / "plots").glob("published*"))
+    assert plots == ["published-0-0.pdf", "published-0-0.png"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Published figures and ours" in page
+    assert "A paper, Table 1" in page
