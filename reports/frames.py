@@ -25,7 +25,6 @@ COLUMNS = ("dataset", "partition", "alpha", "classes_per_client", "balanced", "m
 """Settings that a table shows as columns: runs of one protocol may differ in them."""
 COSTS = ("bytes_up", "bytes_down", "seconds", "evaluation_seconds")
 TABLES = ("runs", "rounds", "evaluations", "clients")
-_NO_FOLDERS = ("tensorboard",)  # other folders that pflbench writes next to the runs
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def load(*paths: Path | str) -> Runs:
     """
     found: dict[str, tuple[Path, Contents]] = {}
     left_out: list[tuple[str, str]] = []
-    for path in _folders(paths):
+    for path in schema.folders(paths):
         try:
             contents = _finished(path)
         except RecordError as error:
@@ -179,16 +178,6 @@ def _selected(runs: Runs, rows: pd.DataFrame, metric: str, selection: str) -> pd
     else:
         chosen = groups.tail(1 if selection == "last" else 5)
     return rows.merge(chosen[["run", "round"]], on=["run", "round"])
-
-
-def _folders(paths: Iterable[Path | str]) -> list[Path]:
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"runs: {path} does not exist; `pflbench run` and `pflbench sweep` write records")
-        inside = [path] if (path / "run.json").exists() or not path.is_dir() else sorted(path.iterdir())
-        found += [p for p in inside if not p.name.startswith(".") and p.name not in _NO_FOLDERS]
-    return found
 
 
 class _LeftOutError(Exception):

@@ -1,6 +1,5 @@
 """`pflbench report`: records as tables, statistics and plots."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def command(runs: tuple[str, ...], metric: str, selection: str, target: str | None, out: str) -> None:
     """Turn records into tables, statistics and plots: report.html, and files for papers.
 
-    RUNS are run folders, or folders of them  [default: runs].
+    RUNS are run folders, folders of them, or ids of runs in the folder `runs`  [default: runs].
     """
     from pflbench.cli.display import console
     from pflbench.engine.cores import cores
@@ -42,10 +41,10 @@ def command(runs: tuple[str, ...], metric: str, selection: str, target: str | No
 
 
 def load(runs: tuple[str, ...]) -> "Runs":
-    """Return the records in the folders `runs`, and tell the user which folders were left out."""
+    """Return the records of `runs`, folders or ids, and tell the user which folders were left out."""
     from pflbench.reports import frames
 
-    found = frames.load(*map(Path, runs or ("runs",)))
+    found = frames.load(*options.records(runs))
     for path, reason in found.left_out.itertuples(index=False):
         options.notice(f"left out {path}: {reason}")
     return found
