@@ -27,7 +27,6 @@ PARTITION = ("partition", "alpha", "classes_per_client", "balanced", "min_sample
 """The settings that make one column of a table: "partition", or "alpha"."""
 COSTS = ("bytes_up", "bytes_down", "seconds", "evaluation_seconds")
 TABLES = ("runs", "rounds", "evaluations", "clients")
-_NO_FOLDERS = ("tensorboard",)  # other folders that pflbench writes next to the runs
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def load(*paths: Path | str, columns: Iterable[str] | None = None) -> Runs:
     chosen = None if columns is None else _columns(columns)
     found: dict[str, tuple[Path, Contents]] = {}
     left_out: list[tuple[str, str]] = []
-    for path in _folders(paths):
+    for path in schema.folders(paths):
         try:
             contents = _finished(path)
         except RecordError as error:
@@ -188,16 +187,6 @@ def _selected(runs: Runs, rows: pd.DataFrame, metric: str, selection: str) -> pd
     else:
         chosen = groups.tail(1 if selection == "last" else 5)
     return rows.merge(chosen[["run", "round"]], on=["run", "round"])
-
-
-def _folders(paths: Iterable[Path | str]) -> list[Path]:
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UsageError(f"runs: {path} does not exist; `pflbench run` and `pflbench sweep` write records")
-        inside = [path] if (path / "run.json").exists() or not path.is_dir() else sorted(path.iterdir())
-        found += [p for p in inside if not p.name.startswith(".") and p.name not in _NO_FOLDERS]
-    return found
 
 
 class _LeftOutError(Exception):

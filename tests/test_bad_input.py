@@ -94,7 +94,7 @@ LINES = {
     "command-far": (
         "xylophone",
         "'xylophone'",
-        "choose from: compare, describe, export, list, partition, report, run, sweep",
+        "choose from: compare, describe, export, list, partition, report, run, runs, sweep",
     ),
     "option": (RUN + "--ruonds 3", "--ruonds", "--rounds"),
     "option-of-partition": (DEAL + "--partitoin iid", "--partitoin", "--partition"),

@@ -27,7 +27,7 @@ from pflbench.core import registry
 from pflbench.spec import MODELS, PARTITION_SETTINGS, RunSpec
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
-COMMANDS = ("run", "list", "describe", "partition", "sweep", "report", "compare", "export")
+COMMANDS = ("run", "list", "describe", "partition", "sweep", "runs", "report", "compare", "export")
 
 
 class Done(NamedTuple):
@@ -114,6 +114,7 @@ def test_help_of_run_has_every_setting(call: Callable[..., Done]) -> None:
         *("--help", "--version", "run --help", "partition --help", "run --lr fast"),
         *("list partitions", "list algorithms", "list datasets", "list models --json"),
         *("describe fedas", "describe fedbabu", "describe fedsa", "sweep --help", "sweep quik", "report --help"),
+        *("runs", "runs --json"),
     ],
 )
 def test_light_commands_import_nothing_heavy(tmp_path: Path, line: str) -> None:
@@ -122,6 +123,7 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path, line: str) -> None:
         "try:\n    main()\n"
         "finally:\n    print('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
     )
+    (tmp_path / "runs" / "0123456789ab.partial").mkdir(parents=True)
     done = subprocess.run([sys.executable, "-c", code, *line.split()], cwd=tmp_path, capture_output=True, text=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "click" in loaded

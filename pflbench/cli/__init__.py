@@ -19,6 +19,7 @@ COMMANDS = {
     "partition": "partition",
     "report": "report",
     "run": "run",
+    "runs": "runs",
     "sweep": "sweep",
 }
 """The module of each command."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import click
 
@@ -15,10 +14,14 @@ from pflbench.cli import options
 @options.selection
 @options.as_json
 def command(run_a: str, run_b: str, selection: str, as_json: bool) -> None:
-    """Show what differs between two runs: settings, versions, data, results. RUN_A and RUN_B are run folders."""
+    """Show what differs between two runs: settings, versions, data, results.
+
+    RUN_A and RUN_B are run folders, or ids of runs in the folder `runs`.
+    """
     from pflbench.reports.compare import compare
 
-    found = compare(Path(run_a), Path(run_b), selection)
+    a, b = options.records((run_a, run_b))
+    found = compare(a, b, selection)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found)))
         return

@@ -13,7 +13,7 @@ from pflbench.cli.report import load
 def command(runs: tuple[str, ...], kind: str, out: str) -> None:
     """Write tidy tables for pandas and others: runs, rounds, evaluations and clients.
 
-    RUNS are run folders, or folders of them  [default: runs].
+    RUNS are run folders, folders of them, or ids of runs in the folder `runs`  [default: runs].
     """
     from pflbench.reports import frames
 

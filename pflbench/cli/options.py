@@ -13,6 +13,8 @@ from pflbench.spec import RunSpec
 Command = Callable[..., None]
 OWN = ("executor", "workers", "out", "data_dir", "checkpoint_every")
 """The settings of `run` that results do not depend on."""
+RUNS = Path("runs")
+"""The folder of records, unless another is chosen."""
 
 config = click.option("--config", metavar="FILE", help="TOML file of settings; the command line overrides it")
 data_dir = click.option(
@@ -134,6 +136,13 @@ def folder(name: str, value: Any) -> Path:
     if taken:
         raise UsageError(f"{name}: {path} is a file, not a folder; choose another --{name.replace('_', '-')}")
     return path
+
+
+def records(runs: tuple[str, ...]) -> list[Path]:
+    """Return the paths of `runs`, paths or ids of runs in the folder `runs`; this folder if there are none."""
+    from pflbench.store import listing
+
+    return [listing.find(run, RUNS) for run in runs] or [RUNS]
 
 
 def data_folder(value: Any) -> Path | None:

@@ -1,6 +1,5 @@
 """`pflbench report`: records as tables, statistics and plots."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
 @click.command("report")
 @options.runs
 @click.option("--metric", metavar="TEXT", default="accuracy", help="accuracy, accuracy_mean, accuracy_worst10, "
-              "accuracy_std or global_accuracy  [default: accuracy]")  # fmt: skip
+              "accuracy_std, global_accuracy, or the first four with own_ before them, of the clients' own models  "
+              "[default: accuracy]")  # fmt: skip
 @options.selection
 @click.option("--target", metavar="FLOAT", help="compare costs up to this accuracy, a fraction  [default: 90 % of the "
               "best method's]")  # fmt: skip
@@ -36,7 +36,7 @@ def command(
 ) -> None:
     """Turn records into tables, statistics and plots: report.html, and files for papers.
 
-    RUNS are run folders, or folders of them  [default: runs].
+    RUNS are run folders, folders of them, or ids of runs in the folder `runs`  [default: runs].
     """
     from pflbench.cli.display import console
     from pflbench.engine.cores import cores
@@ -67,10 +67,10 @@ def figures(name: str) -> "Published":
 
 
 def load(runs: tuple[str, ...], columns: list[str] | None = None) -> "Runs":
-    """Return the records in the folders `runs`, and tell the user which folders were left out."""
+    """Return the records of `runs`, folders or ids, and tell the user which folders were left out."""
     from pflbench.reports import frames
 
-    found = frames.load(*map(Path, runs or ("runs",)), columns=columns)
+    found = frames.load(*options.records(runs), columns=columns)
     for path, reason in found.left_out.itertuples(index=False):
         options.notice(f"left out {path}: {reason}")
     return found

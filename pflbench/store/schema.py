@@ -54,6 +54,7 @@ OWN_CLIENTS = {**CLIENTS, "own_accuracy": "float64"}
 SAMPLES = {"client": "int64", "class": "int64", "train": "int64", "test": "int64"}
 SEEDS = tuple(name for name in RunSpec.__dataclass_fields__ if name == "seed" or name.endswith("_seed"))
 """The settings in which repetitions of a run differ."""
+_NO_RUNS = ("tensorboard",)  # other folders that pflbench writes next to the runs
 _RUN = ("id", "status", "reason", "summary", "spec", "fingerprints", "versions", "machine")
 _TABLES = ("summary", "fingerprints", "versions", "machine")
 _FINGERPRINTS = ("data", "algorithm", "metrics")
@@ -86,6 +87,21 @@ class Contents:
     evaluations: list[dict[str, Any]]
     clients: "pa.Table"
     samples: "pa.Table"
+
+
+def folders(paths: Iterable[Path | str]) -> list[Path]:
+    """Return the run folders in `paths`: run folders, or folders of them. A file in such a folder is returned, too.
+
+    Raises `UsageError` when a path does not exist.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UsageError(f"runs: {path} does not exist; `pflbench run` and `pflbench sweep` write records")
+        alone = (path / "run.json").exists() or path.suffix == ".partial" or not path.is_dir()
+        inside = [path] if alone else sorted(path.iterdir())
+        found += [p for p in inside if not p.name.startswith(".") and p.name not in _NO_RUNS]
+    return found
 
 
 def read(path: Path) -> Contents:

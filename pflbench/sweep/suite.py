@@ -133,7 +133,13 @@ def _words(values: Sequence[Any]) -> str:
 
 
 def labels(specs: Sequence[RunSpec]) -> list[str]:
-    """Return a few words for each run: its method and the settings that differ among the runs.
+    """Return a few words for each run: its method and the settings that differ among the runs."""
+    more = differences(specs, ("algo",))
+    return [" ".join([spec.algo, *words]) for spec, words in zip(specs, more, strict=True)]
+
+
+def differences(specs: Sequence[RunSpec], without: Sequence[str]) -> list[list[str]]:
+    """Return for each run "name value" of the settings that differ among the runs, except the settings `without`.
 
     A hyperparameter is compared among the runs of its method.
     """
@@ -141,7 +147,7 @@ def labels(specs: Sequence[RunSpec]) -> list[str]:
     def flat(spec: RunSpec) -> dict[str, str]:
         values = spec.to_dict()
         hyperparameters = values.pop("hyperparameters")
-        shared = {name: str(value) for name, value in values.items() if name != "algo"}
+        shared = {name: str(value) for name, value in values.items() if name not in without}
         return shared | {f"{spec.algo} {name}": str(value) for name, value in hyperparameters.items()}
 
     settings = [flat(spec) for spec in specs]
@@ -150,7 +156,4 @@ def labels(specs: Sequence[RunSpec]) -> list[str]:
         for name, value in values.items():
             seen.setdefault(name, set()).add(value)
     varying = [name for name, found in seen.items() if len(found) > 1]
-    return [
-        " ".join([spec.algo, *(f"{name.split()[-1]} {values[name]}" for name in varying if name in values)])
-        for spec, values in zip(specs, settings, strict=True)
-    ]
+    return [[f"{name.split()[-1]} {values[name]}" for name in varying if name in values] for values in settings]

@@ -264,6 +264,18 @@ def test_the_command_compares_two_runs(write, tmp_path):
     assert found["test"] in text
 
 
+def test_commands_take_ids_of_runs(write, tmp_path):
+    one, other = write(tmp_path / "runs", "fedas", level=0.8), write(tmp_path / "runs", "fedper")
+    write(tmp_path / "runs", "fedavg")
+    text = call("compare", one.name, other.name[:4], "--json", cwd=tmp_path).stdout
+    assert json.loads(text)["runs"] == [one.name, other.name]
+    assert call("export", one.name, other.name[:6], cwd=tmp_path).returncode == 0
+    assert set(pd.read_csv(tmp_path / "export" / "runs.csv")["run"]) == {one.name, other.name}
+    done = call("compare", one.name, "0000", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "'0000' is no folder, and no id of a run in runs" in done.stderr
+
+
 def test_the_command_exports_tables(write, tmp_path):
     write(tmp_path / "runs")
     done = call("export", "--format", "parquet", cwd=tmp_path)
