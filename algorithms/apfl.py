@@ -6,6 +6,7 @@ with respect to v_i of f_i(alpha v_i + (1 - alpha) w_i); the server takes the pl
 the step of alpha along its own gradient, <v_i - w_i, grad f_i at the mixture>, if `adaptive`.
 Family: personal model beside the global one.
 Personal: v_i and alpha.
+Sent: the global model.
 Evaluated: the mixture of the client's v_i with the received global model. The global model, too.
 Reported: the mixture; the authors' code evaluates it before the averaging, so neither the deployed model nor the own
 one.

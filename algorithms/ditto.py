@@ -5,6 +5,7 @@ https://arxiv.org/abs/2012.04221; Algorithm 1 with FedAvg as the solver of the g
 descends F_k(v) + lambda/2 |v - w^t|^2, where w^t is the global model as it was received.
 Family: personal model beside the global one.
 Personal: a second model, v_k, trained on the client alone.
+Sent: the global model.
 Evaluated: the client's v_k; before its first participation, the initial model. The global model, too.
 Reported: the deployed model, which is also the client's own model.
 Deviations: v_k trains for the protocol's local epochs, like w, but on other batches; in the authors' code both use the

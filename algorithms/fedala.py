@@ -7,6 +7,7 @@ random share of the samples and clips it to [0, 1]: until it converges the first
 round.
 Family: mixture of models.
 Personal: W, and the client's model after training, which is also uploaded.
+Sent: the model.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Reported: the deployed model, which is also the client's own model.
 Deviations: W has converged, as in the authors' code, when the last ten losses have a standard deviation below 0.1; our

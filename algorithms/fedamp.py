@@ -6,6 +6,7 @@ u_i = (1 - sum_j xi_ij) w_i + sum_j xi_ij w_j over the others j, with xi_ij = al
 model becomes argmin_w F_i(w) + lambda / (2 alpha_k) ||w - u_i||^2.
 Family: mixture of models.
 Personal: the whole model; the server keeps the last upload of every client.
+Sent: up: the model; down: the client's cloud model and its step size.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Reported: the deployed model, which is also the client's own model.
 Deviations: the argmin is approximated by the protocol's SGD, which starts at u_i. In the paper all clients take part.

@@ -7,6 +7,7 @@ together. Client synchronisation: the server's body is sum_k F_k phi_k / sum_j F
 is the trace of client k's Fisher information after its training.
 Family: personal part of the network.
 Personal: the head; a client also keeps the body it trained, for the prototypes and for its evaluation.
+Sent: the body; the trace is the upload's weight.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Reported: the deployed model, which is also the client's own model.
 Deviations: the weight is the trace of the empirical Fisher information as the authors' code computes it: the sum over

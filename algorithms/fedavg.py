@@ -4,6 +4,7 @@ Paper: McMahan et al., "Communication-Efficient Learning of Deep Networks from D
 https://arxiv.org/abs/1602.05629; Algorithm 1: ClientUpdate, and the server's w_{t+1} = sum_k (n_k / m_t) w^k_{t+1}.
 Family: one global model.
 Personal: nothing.
+Sent: the model.
 Evaluated: the global model.
 Reported: the deployed model.
 """

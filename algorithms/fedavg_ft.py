@@ -5,6 +5,7 @@ Evaluation of On-device Personalization", 2019, https://arxiv.org/abs/1910.10252
 the global model after training on the client; it is not uploaded.
 Family: fine-tuning and meta-learning.
 Personal: nothing between rounds.
+Sent: the model.
 Evaluated: the global model after `ft_epochs` epochs of the protocol's SGD on the client's training data.
 Reported: the deployed model.
 Deviations: the paper tunes the fine-tuning per task and gives no default; ours is one epoch at the protocol's learning

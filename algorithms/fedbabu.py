@@ -5,6 +5,7 @@ https://arxiv.org/abs/2106.06042; Algorithm 1: body update (the head's learning 
 personalisation by fine-tuning, for 5 epochs in the paper's tables.
 Family: personal part of the network.
 Personal: nothing between rounds; the head is never sent, because it is the same for all clients and never changes.
+Sent: the body.
 Evaluated: the averaged body and the initial head, after `ft_epochs` epochs of the protocol's SGD on the client's
 training data, at the round's learning rate.
 Reported: the deployed model.

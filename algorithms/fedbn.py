@@ -5,6 +5,7 @@ Paper: Li, Jiang, Zhang, Kamp, Dou, "FedBN: Federated Learning on Non-IID Featur
 over clients, with equal weights, of every layer that is not BatchNorm.
 Family: personal part of the network.
 Personal: the parameters and the running statistics of BatchNorm layers, which are the layers with a `running_mean`.
+Sent: the model without BatchNorm.
 Evaluated: the averaged layers with the client's personal BatchNorm.
 Reported: the deployed model.
 Deviations: in the paper all clients take part. Here an absent client combines its last BatchNorm with newer shared

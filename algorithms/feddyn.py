@@ -6,6 +6,7 @@ estimate of its gradient at w_k; the server, of m clients in all, h <- h - alpha
 that took part, and w^t = mean_k w_k - h / alpha, with equal weights.
 Family: one global model.
 Personal: the client's g_k.
+Sent: the model.
 Evaluated: the server's w^t. The authors' code also evaluates means of the clients' models.
 Reported: the deployed model.
 Deviations: the protocol's local epochs approximate the minimiser, as in the authors' code; their code divides alpha by

@@ -8,6 +8,7 @@ theta + sum_n w*_n (theta_n - theta). Row i of the affinity matrix P grows by w_
 that have the highest affinity; each of them is, with probability epsilon, a random one instead.
 Family: mixture of models.
 Personal: the whole model; the server keeps the last upload of every client.
+Sent: up: the model and its affinities; down: up to `models` - 1 models of other clients.
 Evaluated: the client's personal model after its last training; before its first participation, the initial model.
 Reported: the deployed model, which is also the client's own model.
 Deviations: L is the loss on a fixed share of the training samples. As in the authors' code, the client trains only on

@@ -9,6 +9,8 @@ weighted by samples. The server averages the bodies by samples. Client i's head 
 minimises sum_j a_j^2 V_j + sum_jk a_j a_k <H_i - H_j, H_i - H_k> over the simplex.
 Family: personal part of the network.
 Personal: the head, which the server combines for each client.
+Sent: up: the model, prototypes, counts, and statistics of the features; down: the body, the client's combined head, and
+prototypes.
 Evaluated: the averaged body with the client's combined head; before its first participation, the initial head.
 Reported: the authors' code prints both, the deployed model and the client's own model.
 Deviations: a client gets its combined head when it takes part again; the authors' code sends it at once, with the same

@@ -5,6 +5,7 @@ Algorithm 1 (client: SGD on base and personalisation layers together) and Algori
 weighted by samples).
 Family: personal part of the network.
 Personal: the head.
+Sent: the body.
 Evaluated: the averaged body with the client's personal head.
 Reported: the deployed model.
 """

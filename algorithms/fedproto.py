@@ -6,6 +6,7 @@ their aggregation, equation (6), and the local loss, cross-entropy plus lambda t
 prototypes.
 Family: prototypes.
 Personal: the whole model. Clients upload only prototypes and counts, with zeros for classes without samples.
+Sent: prototypes and their counts.
 Evaluated: the client's body f with argmin_j |f(x) - C_j| over the client's classes, where C_j are the global
 prototypes. Its logits are -|f(x) - C_j|^2, and -inf for other classes. Without any C_j, the personal head predicts.
 Reported: the deployed model.

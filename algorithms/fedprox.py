@@ -4,6 +4,7 @@ Paper: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020
 Algorithm 2: client k minimises h_k(w; w^t) = F_k(w) + mu / 2 ||w - w^t||^2, inexactly.
 Family: one global model.
 Personal: nothing.
+Sent: the model.
 Evaluated: the global model.
 Reported: the deployed model.
 Deviations: the inexact minimiser is the protocol's local epochs, the same for all clients; there are no stragglers.

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2102.07078; Algorithm 1: `head_epochs` of updates of h_i w
 the update of phi with h_i fixed; the server takes the plain mean of the phi_i, with equal weights.
 Family: personal part of the network.
 Personal: the head.
+Sent: the body.
 Evaluated: the averaged body with the client's personal head.
 Reported: the deployed model.
 Deviations: none. The body trains for the protocol's local epochs; the paper's experiments use 10 for the head.

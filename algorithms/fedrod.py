@@ -6,6 +6,7 @@ N_c samples of class c, the generic logits g(z) minimise -log(N_y^gamma exp g_y 
 personalised head h_m minimises the cross-entropy of g(z) + h_m(z), with g and z held fixed.
 Family: personal part of the network.
 Personal: the personalised head.
+Sent: the generic model.
 Evaluated: the received generic model and the client's personalised head. Both heads are linear, so the sum of their
 logits is one linear head with the sum of their weights. The received model alone is the global model.
 Reported: the deployed model.

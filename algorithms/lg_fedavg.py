@@ -6,6 +6,7 @@ global parameters together, along the gradient of the loss of their composition;
 parameters, weighted by samples, N_m / N.
 Family: personal part of the network.
 Personal: the body.
+Sent: the head.
 Evaluated: the client's personal body with the averaged head, the paper's local test.
 Reported: the deployed model.
 Deviations: our global model is the head alone; the paper chooses for each experiment how many layers it has. All

@@ -3,6 +3,7 @@
 Paper: none; the lower bound that federated learning has to beat, "Local" in the tables of PFL papers.
 Family: no federation.
 Personal: the whole model.
+Sent: nothing.
 Evaluated: the client's personal model; before its first participation, the initial model.
 Reported: the deployed model, which is also the client's own model.
 """

@@ -5,6 +5,7 @@ the client minimises cross-entropy + mu l_con, l_con = -log(e^{s_glob} / (e^{s_g
 cosine of its features with those under the received model and under its previous local model, divided by tau.
 Family: one global model.
 Personal: nothing that is evaluated; a client keeps its previous local model.
+Sent: the model.
 Evaluated: the global model.
 Reported: the deployed model.
 Deviations: the paper's networks have a projection head before the classifier, and the paper compares its outputs. Our

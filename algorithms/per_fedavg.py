@@ -7,6 +7,7 @@ it by double backward; the paper's approximation `hf` takes the difference of tw
 out. The batches of a step are independent; the server takes the plain mean. beta is the protocol's learning rate.
 Family: fine-tuning and meta-learning.
 Personal: nothing between rounds.
+Sent: the model.
 Evaluated: the received model after one step alpha grad f_i, over all of the client's training data (with drop_last,
 without the last incomplete batch), in evaluation mode. The received model itself is the global model.
 Reported: the deployed model.

@@ -6,6 +6,7 @@ h_i = f_i(theta) + lambda/2 |theta - w|^2, equation (7), then w_i steps along la
 takes (1 - beta) w + beta times the plain mean of the w_i.
 Family: personal model beside the global one.
 Personal: theta, the client's personal model.
+Sent: the global model.
 Evaluated: theta after the last batch; before its first participation, the initial model. The global model, too.
 Reported: the deployed model.
 Deviations: in the paper all clients train in every round, and some of them upload; here only the participants train,

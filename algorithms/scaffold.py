@@ -6,6 +6,7 @@ c_i+ = c_i - c + (x - y_i) / (K eta_l); the server x <- x + eta_g mean(y_i - x),
 the |S| of N clients that took part, with equal weights.
 Family: one global model.
 Personal: the client's control variate.
+Sent: the model, and a control variate of its size.
 Evaluated: the global model.
 Reported: the deployed model.
 Deviations: K is the number of steps in the protocol's local epochs, so it depends on the client's samples; the paper

@@ -16,7 +16,7 @@ from pflbench.store.schema import SEEDS
 from . import stats
 from .frames import Runs, client_scores, covered, in_order, scores, titles
 
-_PER_CLIENT = {
+PER_CLIENT = {
     "accuracy": "accuracy",
     "accuracy_mean": "accuracy",
     "global_accuracy": "global_accuracy",
@@ -90,10 +90,10 @@ class Comparisons:
     """Paired tests between the methods of each setting. A pair is the same client in two runs of the same seed."""
 
     def __init__(self, runs: Runs, metric: str, selection: str) -> None:
-        self.possible = metric in _PER_CLIENT
+        self.possible = metric in PER_CLIENT
         self._p: dict[tuple[int, str, str], float | None] = {}
         if self.possible:
-            values = client_scores(runs, _PER_CLIENT[metric], selection)
+            values = client_scores(runs, PER_CLIENT[metric], selection).reindex(runs.runs["run"])
             for setting, group in runs.runs.groupby("setting"):
                 self._compare(int(str(setting)), group, values)
 
@@ -109,6 +109,10 @@ class Comparisons:
                 of_a, of_b = (np.concatenate([of[m][key] for key in common]) for m in (a, b))
                 self._p[setting, str(a), str(b)] = stats.paired(of_a, of_b)
                 self._p[setting, str(b), str(a)] = stats.paired(of_b, of_a)
+
+    def untested(self, setting: int, a: str, b: str) -> bool:
+        """Return whether `a` and `b` have runs of the same seeds, but too few of their clients differ for a test."""
+        return (setting, a, b) in self._p and self._p[setting, a, b] is None
 
     def better(self, setting: int, a: str, b: str) -> float | None:
         """Return the p-value of the test that `a` is better than `b`; None if there is no test."""
@@ -268,6 +272,8 @@ class Duels:
 
     methods: list[str]
     counts: dict[tuple[str, str], tuple[int, int, int]]
+    untested: int
+    """How often two methods have runs of the same seeds in a setting, but too few clients differ for a test."""
 
     def text(self, a: str, b: str) -> str:
         """Return "wins/ties/losses" of `a` against `b`."""
@@ -280,6 +286,7 @@ def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
     if not tests.possible:
         return "Wins and losses need a metric that each client has."
     counts: dict[tuple[str, str], list[int]] = {}
+    untested = sum(tests.untested(s, a, b) for s in table.columns for a, b in itertools.combinations(table.rows, 2))
     for setting in table.columns:
         for a, b in itertools.permutations(table.rows, 2):
             better, worse = tests.better(setting, a, b), tests.better(setting, b, a)
@@ -288,4 +295,25 @@ def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
                 counts.setdefault((a, b), [0, 0, 0])[place] += 1
     if not counts:
         return "No two methods have runs of the same seeds in one setting, so no runs can be compared in pairs."
-    return Duels(table.rows, {pair: (w, t, lost) for pair, (w, t, lost) in counts.items()})
+    return Duels(table.rows, {pair: (w, t, lost) for pair, (w, t, lost) in counts.items()}, untested)
+
+
+def leaders(table: AccuracyTable) -> list[str]:
+    """Return in words which method leads in each setting, and by how much."""
+    word = "has the lowest value," if table.metric.endswith("_std") else "leads with"
+    out = []
+    for setting, labels in table.columns.items():
+        cells = {method: cell for method in table.rows if (cell := table.cells.get((method, setting)))}
+        means = {method: cell.mean for method, cell in cells.items()}
+        if len(means) < 2:
+            out += [f"{', '.join(labels)}: only {method} has runs." for method in means]
+            continue
+        first = best_of(table.metric, means)
+        second = best_of(table.metric, {method: mean for method, mean in means.items() if method != first})
+        gap = 100 * abs(means[first] - means[second])
+        # A significantly worse method has no mark; neither has an untested one.
+        how = {"close": ", which is not significant", "best": ", a tie"}.get(cells[second].mark, "")
+        out.append(
+            f"{', '.join(labels)}: {first} {word} {100 * means[first]:.2f} %, {gap:.2f} points from {second}{how}."
+        )
+    return out

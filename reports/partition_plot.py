@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .svg import LINE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -65,7 +67,7 @@ def _bubbles(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> N
     x, y = np.nonzero(counts)
     areas = np.maximum(largest * counts[x, y] / counts.max(), smallest)
     axes.scatter(x, y, s=areas, color=_BLUE, alpha=0.85, linewidths=0)
-    axes.grid(color="0.92", linewidth=0.6)
+    axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     top = int(counts.max())
     for size in sorted({top, max(top // 4, 1), max(top // 16, 1)}):

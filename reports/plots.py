@@ -1,6 +1,6 @@
-"""The plots of a report. A method has the same colour and line in all plots; the colours suit all colour vision."""
+"""The plots of a report. A method has the same colour, marker and line in all plots; a family of methods has a hue."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from .frames import Runs
+from .svg import LINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,15 +18,26 @@ if TYPE_CHECKING:
 
     from .stats import Ranks
 
-# Okabe and Ito's palette for all kinds of colour vision, without yellow, because it is too light for lines.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Okabe and Ito's palette for all kinds of colour vision, without yellow and black: a light or a dark page hides them.
+_HUES = {
+    "personal part of the network": "#0072b2",
+    "one global model": "#d55e00",
+    "fine-tuning and meta-learning": "#009e73",
+    "mixture of models": "#cc79a7",
+    "personal model beside the global one": "#56b4e9",
+    "prototypes": "#e69f00",
+}
+_OTHER = "#868e96"
+_SHADES = (0.0, 0.4, 0.2)  # of a hue, towards white
+_MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀", ">": "▶"}
 _LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_HATCHES = ("", "///", "...", "xxx", "---", "ooo", "|||", "***", "+++", "OO")
+_COLUMN = 3.55  # inches: a phone's width, and the width of a column of a paper
 
 
 FACTORS = {
     "alpha": ("alpha", "Dirichlet α (small: uneven)"),
-    "join_ratio": ("join ratio", "join ratio P, share of the clients in a round"),
+    "join_ratio": ("join ratio", "join ratio P"),
 }
 """The settings against which accuracy is drawn: their names, and the labels of their axes."""
 
@@ -35,18 +47,35 @@ class Style:
     """How a method is drawn."""
 
     color: str
-    linestyle: str
-    marker: str
+    linestyle: str = "-"
+    marker: str = "o"
+    hatch: str = ""
+
+    @property
+    def glyph(self) -> str:
+        """The marker as a character."""
+        return _MARKS[self.marker]
 
 
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Return a style for each method: 7 colours, then the same colours with other lines and markers."""
-    return {
-        method: Style(
-            _COLOURS[i % len(_COLOURS)], _LINES[i // len(_COLOURS) % len(_LINES)], _MARKERS[i % len(_MARKERS)]
-        )
-        for i, method in enumerate(methods)
-    }
+def styles(families: Mapping[str, str]) -> dict[str, Style]:
+    """Return a style for each method; `families` has its family. Forty methods of one family are told apart.
+
+    Methods of a family have shades of one hue, and differ in marker and hatch; from the eleventh, also in their lines.
+    """
+    marks, count, out = list(_MARKS), dict.fromkeys(families.values(), 0), {}
+    for method, family in families.items():
+        i = count[family]
+        count[family] += 1
+        shade = _shaded(_HUES.get(family, _OTHER), _SHADES[i % len(_SHADES)])
+        line, mark = _LINES[i // len(marks) % len(_LINES)], i % len(marks)
+        out[method] = Style(shade, line, marks[mark], _HATCHES[mark])
+    return out
+
+
+def _shaded(colour: str, by: float) -> str:
+    """Return `colour`, mixed with white."""
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part + by * (255 - part)):02x}" for part in parts)
 
 
 def curves(runs: Runs) -> pd.DataFrame:
@@ -65,36 +94,55 @@ def curves(runs: Runs) -> pd.DataFrame:
     return found.merge(costs, on=["run", "round"]).merge(runs.runs[["run", "method", "setting"]], on="run")
 
 
-def learning(data: pd.DataFrame, style: dict[str, Style], title: str, time: str = "seconds of training") -> "Figure":
-    """Draw accuracy against rounds, megabytes and seconds for one setting: means over seeds, with their range.
+COSTS = ("round", "megabytes", "elapsed")
+"""What accuracy is drawn against in a setting: rounds, megabytes of uploads and downloads, and seconds."""
 
-    `time` is the label of the seconds.
+
+def learning(
+    data: pd.DataFrame,
+    style: dict[str, Style],
+    title: str,
+    time: str = "seconds of training",
+    costs: Sequence[str] = COSTS,
+) -> "Figure":
+    """Draw accuracy against each of `costs` for one setting: means over seeds, with their range.
+
+    `time` is the label of the seconds. A single panel has no legend and no title: the page has them.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
+    alone = len(costs) == 1
     # The layout is fixed: an automatic layout of three panels and a legend would take most of the time.
-    width, height = 10.5, 3.4
+    width, height = (_COLUMN, 2.7) if alone else (10.5, 3.4)
     legend = 0.6 + 0.075 * max(len(str(method)) for method in data["method"])
     figure = Figure(figsize=(width, height))
-    figure.subplots_adjust(left=0.055, right=1 - (legend + 0.15) / width, bottom=0.15, top=0.9, wspace=0.12)
-    ends = (("round", "round"), ("megabytes", "megabytes of uploads and downloads"), ("elapsed", time))
-    panels = figure.subplots(1, 3, sharey=True)
+    if alone:
+        figure.subplots_adjust(left=0.16, right=0.97, bottom=0.18, top=0.97)
+    else:
+        figure.subplots_adjust(left=0.055, right=1 - (legend + 0.15) / width, bottom=0.15, top=0.9, wspace=0.12)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for method, rows in _groups(data, style):
         look = style[method]
         seeds = 100 * rows.pivot(index="round", columns="run", values="accuracy").dropna()  # evaluated in all runs
         low, mean, high = seeds.min(axis=1), seeds.mean(axis=1), seeds.max(axis=1)
-        for axes, (column, _) in zip(panels, ends, strict=True):
+        for axes, column in zip(panels, costs, strict=True):
             x = rows.groupby("round")[column].mean()[seeds.index]
-            axes.plot(x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=method)
+            axes.plot(
+                x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=method, marker=look.marker,
+                markersize=4, markevery=max(len(x) // 6, 1),
+            )  # fmt: skip
             if seeds.shape[1] > 1:
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
-    for axes, (_, label) in zip(panels, ends, strict=True):
-        axes.set_xlabel(label)
+    labels = {"round": "round", "megabytes": "megabytes of uploads and downloads", "elapsed": time}
+    for axes, column in zip(panels, costs, strict=True):
+        axes.set_xlabel(labels[column])
         axes.set_xlim(left=0)
-        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=column == "round"))
         _clean(axes)
     panels[0].set_ylabel("accuracy, %")
-    _legend(figure, panels[0], title, outside=False)
+    if not alone:
+        _legend(figure, panels[0], title, outside=False)
     return figure
 
 
@@ -108,25 +156,31 @@ def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, 
 
 def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style], title: str) -> "Figure":
     """Draw the distribution of the clients' accuracies (fractions, of all seeds) of each method in one setting."""
-    figure = _figure(max(4.0, 1.6 + 0.62 * len(values)), 3.4)
+    figure = _figure(_COLUMN, 1.0 + 0.26 * len(values))
     axes = figure.subplots()
-    names = list(values)
+    names = list(reversed(values))
     boxes = axes.boxplot(
         [100 * values[name][np.isfinite(values[name])] for name in names], widths=0.6, patch_artist=True,
-        medianprops={"color": "black"}, flierprops={"marker": ".", "markersize": 3, "alpha": 0.6},
+        orientation="horizontal", medianprops={"color": "black"},
+        flierprops={"marker": ".", "markersize": 3, "alpha": 0.6},
     )  # fmt: skip
     for box, name in zip(boxes["boxes"], names, strict=True):
-        box.set(facecolor=style[name].color, alpha=0.55)
-    axes.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right")
-    axes.set_ylabel("accuracy of a client, %")
+        box.set(facecolor=style[name].color, alpha=0.55, hatch=style[name].hatch)
+    axes.set_yticks(range(1, len(names) + 1), names)
+    axes.set_xlabel("accuracy of a client, %")
     _clean(axes)
     axes.set_title(title, fontsize=10, loc="left")
     return figure
 
 
-def against(points: pd.DataFrame, style: dict[str, Style], title: str, factor: str = "alpha") -> "Figure":
-    """Draw accuracy against `factor`, "alpha" or "join_ratio". `points` has method, factor, mean and std, fractions."""
-    figure = _figure(6.2, 3.6)
+def against(
+    points: pd.DataFrame, style: dict[str, Style], title: str, factor: str = "alpha", *, alone: bool = False
+) -> "Figure":
+    """Draw accuracy against `factor`, "alpha" or "join_ratio". `points` has method, factor, mean and std, fractions.
+
+    With `alone` there is no legend: the page has it.
+    """
+    figure = _figure(_COLUMN if alone else 6.2, 2.7 if alone else 3.6)
     axes = figure.subplots()
     for method, rows in _groups(points.sort_values(factor), style):
         look = style[method]
@@ -143,7 +197,10 @@ def against(points: pd.DataFrame, style: dict[str, Style], title: str, factor: s
     axes.set_xlabel(FACTORS[factor][1])
     axes.set_ylabel("accuracy, %")
     _clean(axes)
-    _legend(figure, axes, title)
+    if alone:
+        axes.set_title(title, fontsize=10, loc="left")
+    else:
+        _legend(figure, axes, title)
     return figure
 
 
@@ -199,7 +256,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _clean(axes: "Axes") -> None:
-    axes.grid(color="0.9", linewidth=0.6)
+    axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

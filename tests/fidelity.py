@@ -24,7 +24,7 @@ Every method has an oracle test: two rounds or more on a small network, in float
 paper's equations without our code (but for what is drawn at random), and compared to 1e-9: the states of server and
 clients, and the model that each client is tested with.
 
-"Sent" has the bytes of one client in one round; a test compares them with what runs record. BODY and HEAD are the
+"Bytes" are those of one client in one round; a test compares them with what runs record. BODY and HEAD are the
 bytes of the network's two parts, BODY without BatchNorm where that is personal. PROTOTYPES are the bytes of a mean
 feature and a count for each class.
 """
@@ -73,7 +73,7 @@ def page() -> str:
             if algo == name
         ]
         rows = {label: said.get(label, "none.") for label in LINES}
-        rows |= {"Sent": f"{'; '.join(cases)}.", "Tests": f"{'; '.join(tests(name))}."}
+        rows |= {"Bytes": f"{'; '.join(cases)}.", "Tests": f"{'; '.join(tests(name))}."}
         out.append(f"## {title}, `{name}`\n{does[:1].upper()}{does[1:]}\n")
         out.append("\n".join(_wrapped(f"- **{label}**: {text}") for label, text in rows.items()) + "\n")
     return "\n".join(out)

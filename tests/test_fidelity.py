@@ -18,7 +18,7 @@ def test_the_page_is_current():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_where_it_is_from_what_is_personal_and_what_is_evaluated(name):
     said = FIDELITY["lines"](name)
-    assert all(said.get(label) for label in ("Title", "Paper", "Family", "Personal", "Evaluated", "Reported"))
+    assert all(said.get(label) for label in ("Title", "Paper", "Family", "Personal", "Sent", "Evaluated", "Reported"))
 
 
 @pytest.mark.parametrize("name", METHODS)

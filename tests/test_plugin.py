@@ -62,7 +62,7 @@ def test_it_is_listed_without_being_imported(call: Callable[..., Any]) -> None:
     )
     done = call("list", "algorithms", command=(sys.executable, "-c", code))
     assert (done.returncode, done.stderr) == (0, "")
-    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  "))
     assert lines["fedtrim"] == "from pflbench-fedtrim"
     assert "fedavg" in lines
 

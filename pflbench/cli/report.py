@@ -1,5 +1,6 @@
 """`pflbench report`: records as tables, statistics and plots."""
 
+import datetime as dt
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
               "such as alpha,join_ratio  [default: dataset,alpha, and join_ratio if it differs]")  # fmt: skip
 @click.option("--published", metavar="SUITE", multiple=True, help="a suite, ready or a TOML file, whose published "
               "figures are shown beside those of the runs; may be repeated")  # fmt: skip
+@click.option(
+    "--title", metavar="TEXT", default="pflbench report", help="title of the page  [default: pflbench report]"
+)
 @options.out("report", "the report")
 def command(
     runs: tuple[str, ...],
@@ -32,6 +36,7 @@ def command(
     target: str | None,
     columns: str | None,
     published: tuple[str, ...],
+    title: str,
     out: str,
 ) -> None:
     """Turn records into tables, statistics and plots: report.html, and files for papers.
@@ -47,7 +52,7 @@ def command(
     found = load(runs, None if columns is None else columns.split(","))
     limit = None if target is None else options.fraction("target", target)
     made = reporting.make(found, metric, selection, limit, [figures(name) for name in published])
-    files = reporting.write(made, folder, workers=cores())
+    files = reporting.write(made, folder, workers=cores(), title=title, date=dt.date.today().isoformat())
     shown = console()
     for table in made.tables:
         shown.print(render.terminal(table))

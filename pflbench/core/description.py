@@ -23,7 +23,7 @@ class UnreadableError(Exception):
     """A file's text is not enough: it computes a value that must be a literal, or it lacks the class."""
 
 
-LINES = ("Paper", "Family", "Personal", "Evaluated", "Reported", "Deviations")
+LINES = ("Paper", "Family", "Personal", "Sent", "Evaluated", "Reported", "Deviations")
 """The labelled lines of a method's docstring; the last one may be missing."""
 
 
@@ -32,6 +32,12 @@ def lines(text: str) -> dict[str, str]:
     parts = re.split(rf"^({'|'.join(LINES)}): ", text, flags=re.MULTILINE)
     found = {"Title": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
     return {label: " ".join(part.split()) for label, part in found.items()}
+
+
+def published(text: str) -> tuple[str, int] | None:
+    """Return where and when a method's paper appeared, from its docstring; "arXiv" for one that names no venue."""
+    found = re.search(r", (?:([A-Z][A-Za-z ]*) )?(20\d\d)\b", lines(text).get("Paper", ""))
+    return (found.group(1) or "arXiv", int(found.group(2))) if found else None
 
 
 def title(text: str) -> str | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="Algorithm")
 GROUP = "pflbench.algorithms"
+_FACTS = ("family", "personal", "sent")
 _registered: "dict[str, type[Algorithm]]" = {}
 
 
@@ -126,22 +127,25 @@ def describe(name: str) -> Description:
 
 
 def title(name: str) -> str:
-    """Return the name that method `name` has in its paper, for example "Per-FedAvg".
-
-    Returns `name` if that name is not known: for a method without a file, or a method that is not installed.
-    """
-    module = _modules().get(name)
-    if module is None:
-        return name
-    with contextlib.suppress(UnreadableError):
-        return description.title(description.docstring(module)) or name
-    return name
+    """Return the name that method `name` has in its paper, for example "Per-FedAvg"; `name` if that is not known."""
+    return str(facts(name)["title"])
 
 
 def family(name: str) -> str:
-    """Return the family of method `name`, as its docstring gives it; "" if it is not known."""
-    try:
-        text = describe(name).text
-    except UsageError:  # the method of an old record may not be installed
-        return ""
-    return description.lines(text).get("Family", "").removesuffix(".")
+    """Return the family of method `name`; "" if that is not known."""
+    return facts(name)["family"] or ""
+
+
+def facts(name: str) -> dict[str, Any]:
+    """Return what method `name` says about itself: title, family, venue, year, personal, sent. None: it does not say.
+
+    Nothing is imported. A method without a file, or one that is not installed, has no facts but its name.
+    """
+    module, text = _modules().get(name), ""
+    if module is not None:
+        with contextlib.suppress(UnreadableError):
+            text = description.docstring(module)
+    said = description.lines(text)
+    venue, year = description.published(text) or (None, None)
+    rest = {key: said[key.title()].removesuffix(".") if key.title() in said else None for key in _FACTS}
+    return {"title": description.title(text) or name, "venue": venue, "year": year, **rest}

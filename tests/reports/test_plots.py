@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pflbench.core import registry
 from pflbench.reports import plots
 from pflbench.reports.frames import load
 
@@ -21,22 +22,41 @@ def test_a_band_is_drawn_only_over_rounds_that_all_seeds_have():
         {"method": "m", "run": list("aabcdd"), "round": [1, 2, 1, 1, 1, 2], "accuracy": [0.1, 0.9, 0.3, 0.2, 0.6, 0.7],
          "megabytes": 1.0, "elapsed": [1.0, 2.0, 3.0, 5.0, 3.0, 4.0]}
     )  # fmt: skip
-    rounds, _, seconds = plots.learning(data, plots.styles(["m"]), "a setting").axes
+    rounds, _, seconds = plots.learning(data, plots.styles({"m": ""}), "a setting").axes
     for axes, x in ((rounds, 1.0), (seconds, 3.0)):
         assert axes.lines[0].get_xydata() == pytest.approx(np.array([[x, 30.0]]))
         (band,) = axes.collections[0].get_paths()
         assert band.get_extents().extents == pytest.approx([x, 10.0, x, 60.0])
-    one = plots.learning(data[data["run"] == "d"], plots.styles(["m"]), "one seed").axes[2]
+    one = plots.learning(data[data["run"] == "d"], plots.styles({"m": ""}), "one seed").axes[2]
     assert one.lines[0].get_xydata() == pytest.approx(np.array([[3.0, 60.0], [4.0, 70.0]]))
     assert not one.collections
 
 
-def test_methods_keep_their_colour_and_twenty_two_are_told_apart():
-    found = plots.styles([f"m{i:02}" for i in range(22)])
-    assert len({(s.color, s.linestyle) for s in found.values()}) == 22
-    assert plots.styles(["a", "b"])["b"] == plots.styles(["a", "b", "c"])["b"]
+def test_forty_methods_of_a_family_are_told_apart_and_families_share_a_hue():
+    found = plots.styles({f"m{i:02}": "prototypes" for i in range(40)})
+    assert len({(s.color, s.linestyle, s.marker) for s in found.values()}) == 40
+    assert len({(s.glyph, s.hatch) for s in found.values()}) == 10
+    assert len({s.color for s in found.values()}) == 3
+    both = plots.styles({"a": "prototypes", "b": "mixture of models", "c": "prototypes", "d": "of a plugin"})
+    assert len({s.color for s in both.values()}) == 4
+    assert plots.styles({"a": "prototypes"})["a"] == both["a"]
+
+
+def test_all_known_families_have_a_hue_of_their_own():
+    families = {registry.family(name) for name in registry.algorithms()} - {""}
+    colours = {plots.styles({"m": family})["m"].color for family in families}
+    assert len(colours) == len(families)
+
+
+def test_rounds_have_integer_ticks():
+    data = pd.DataFrame(
+        {"method": "m", "run": "a", "round": [1, 2], "accuracy": [0.1, 0.9], "megabytes": 1.0, "elapsed": [1.0, 2.0]}
+    )
+    (axes,) = plots.learning(data, plots.styles({"m": ""}), "a setting", costs=("round",)).axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert axes.get_xlabel() == "round"
 
 
 def test_the_clients_plot_leaves_out_what_is_not_there():
-    figure = plots.clients({"a": np.array([0.1, np.nan, 0.3])}, plots.styles(["a"]), "title")
-    assert figure.axes[0].get_ylabel() == "accuracy of a client, %"
+    figure = plots.clients({"a": np.array([0.1, np.nan, 0.3])}, plots.styles({"a": ""}), "title")
+    assert figure.axes[0].get_xlabel() == "accuracy of a client, %"

@@ -19,11 +19,12 @@ from PIL import Image
 
 from pflbench import UsageError
 from pflbench import run as compute
-from pflbench.reports import report, stats
+from pflbench.reports import drawing, report, stats
 from pflbench.reports.frames import load, scores
 
 PFLBENCH = Path(sysconfig.get_path("scripts")) / "pflbench"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLOTS = 4 * 5 + 2  # of each setting: three learning curves, the clients, the partition; and two over alphas
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: chromium)")
 
 
@@ -72,12 +73,15 @@ def test_the_page_needs_nothing_else_and_its_links_lead_somewhere(written):
     made, out, _ = written
     page = Page((out / "report.html").read_text())
     assert len(page.ids) == len(set(page.ids))
-    assert all(link.startswith("#") for link in page.links)
-    assert {link[1:] for link in page.links} <= set(page.ids)
+    inside = {link[1:] for link in page.links if link.startswith("#")}
+    assert inside <= set(page.ids)
+    beside = {link for link in page.links if not link.startswith("#")}
+    assert beside == {"accuracy.csv", "accuracy.md", "accuracy.tex", "plots/"}
+    assert all((out / link).exists() for link in beside)
     assert {f"run-{run}" for run in made.runs.runs["run"]} <= set(page.ids)
     assert all(source.startswith("data:") for source in page.sources)
     assert "link" in page.tags  # the icon, which a browser would else ask for
-    assert len(page.sources) == 14
+    assert page.tags.count("svg") == PLOTS
 
 
 def test_every_number_of_the_table_can_be_traced_to_its_runs(written):
@@ -161,7 +165,7 @@ def test_the_time_axis_says_what_its_seconds_are(write, tmp_path):
     write(tmp_path, "fedas", dataset="cifar10")
     write(tmp_path, "fedas", dataset="cifar100")
     write(tmp_path, "fedper", dataset="cifar100", kind=1)
-    jobs = {name: arguments for name, _, arguments in report._plots(report.make(load(tmp_path)))}
+    jobs = {job.name: job.arguments for job in drawing.jobs(report.make(load(tmp_path)))}
     assert jobs["learning-0"][-1] == "seconds of training"
     assert jobs["learning-1"][-1] == "seconds, with evaluations in some runs"
 
@@ -301,7 +305,17 @@ addEventListener("load", () => {
   out.open = [...document.querySelectorAll("details")].filter(d => d.open).map(d => d.id);
   out.wanted = link.dataset.runs.split(" ").map(run => "run-" + run);
   out.width = [document.documentElement.scrollWidth, innerWidth];
-  out.images = [...document.images].map(i => i.naturalWidth);
+  out.images = [...document.querySelectorAll("svg")].map(i => i.getBoundingClientRect().width);
+  out.type = [...new Set([...document.querySelectorAll(".plots svg text")].map(t =>
+    (parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a).toFixed(1)))];
+  out.text = [...new Set([...document.querySelectorAll("svg text")].map(t => getComputedStyle(t).fill))];
+  const first = document.querySelector(".wide table"), wide = first.parentElement;
+  wide.scrollLeft = 60;
+  out.method = first.tBodies[0].rows[0].cells[0].getBoundingClientRect().left - wide.getBoundingClientRect().left;
+  const shown = () => [...document.querySelectorAll(".of-metric")].filter(d => d.offsetHeight).map(d => d.className);
+  out.chosen = shown();
+  document.getElementById("metric-accuracy_worst10").click();
+  out.switched = shown();
   out.back = getComputedStyle(document.body).backgroundColor;
   document.body.innerHTML = "<pre id=probe>" + JSON.stringify(out) + "</pre>";
 });
@@ -355,11 +369,16 @@ def test_in_a_browser_the_page_sorts_its_links_open_runs_and_nothing_overflows(w
     assert len(found["open"]) == 3
     content, window = found["width"]
     assert content <= window == width
-    assert len(found["images"]) == 14
+    assert len(found["images"]) == PLOTS
     assert min(found["images"]) > 300
+    assert found["method"] == 0  # the first column stays where it is
+    assert found["chosen"] == ["of-metric accuracy chosen"]
+    assert found["switched"] == ["of-metric accuracy_worst10"]
+    assert len(found["type"]) <= 2  # of ticks and labels, and of titles
 
 
 @browser
 def test_the_page_is_light_or_dark_as_its_reader_has_it(written, tmp_path):
-    backs = {look(written[1] / "report.html", tmp_path, width=800, dark=dark)["back"] for dark in (False, True)}
-    assert backs == {"rgb(255, 255, 255)", "rgb(20, 23, 26)"}
+    light, dark = (look(written[1] / "report.html", tmp_path, width=800, dark=dark) for dark in (False, True))
+    assert (light["back"], dark["back"]) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
+    assert (light["text"], dark["text"]) == (["rgb(27, 31, 36)"], ["rgb(230, 233, 236)"])  # of plots
