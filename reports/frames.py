@@ -18,6 +18,8 @@ from pflbench.spec import RunSpec
 from pflbench.store import schema
 from pflbench.store.schema import METRICS, SEEDS, Contents, RecordError
 
+from .narrow import Where, narrow
+
 SELECTIONS = {
     "last": "after the last round",
     "last5": "mean of the last five evaluations",
@@ -61,7 +63,7 @@ class Runs:
         )
 
 
-def load(*paths: Path | str, columns: Iterable[str] | None = None) -> Runs:
+def load(*paths: Path | str, columns: Iterable[str] | None = None, where: Where | None = None) -> Runs:
     """Return the records in `paths`: run folders, or folders of them.
 
     `columns` names the settings that a table shows as columns, outer heads first; "alpha" is the whole partition. By
@@ -70,7 +72,8 @@ def load(*paths: Path | str, columns: Iterable[str] | None = None) -> Runs:
     Only one of two records of the same run is used, unless they have different sources: then both are used, and the
     first six digits of its source's fingerprint are appended to the second one's id. A record that also has the
     clients' own models replaces a record of the same run without them.
-    Raises `UsageError` when a path does not exist, and for a column that is no setting.
+    With `where`, only runs with these settings are used: {"dataset": ["cifar100"], "alpha": [0.1, 0.5]}.
+    Raises `UsageError` when a path does not exist, for an unknown setting, and when `where` leaves no run.
     """
     chosen = None if columns is None else _columns(columns)
     found: dict[str, tuple[Path, Contents]] = {}
@@ -92,6 +95,8 @@ def load(*paths: Path | str, columns: Iterable[str] | None = None) -> Runs:
     for name in _repeated(found):
         path, _ = found.pop(name)
         left_out.append((str(path), "the same run as one that also tests the clients' own models"))
+    if where and found:
+        found = {name: found[name] for name in narrow({n: c.spec for n, (_, c) in found.items()}, where)}
     table = pd.DataFrame([_row(name, path, contents) for name, (path, contents) in found.items()])
     # Each table is made as one frame: a frame for each run would take longer than reading all records.
     rounds = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.rounds]
@@ -147,6 +152,8 @@ def in_order(methods: Iterable[str]) -> list[str]:
 def export(runs: Runs, out: Path, kind: str) -> list[Path]:
     """Write the tables of `runs` to `out` as "csv" or "parquet"; return the files.
 
+    The table of runs also has every metric: that of the last evaluation has the metric's name, and that of the best
+    round on test ends in "_best_test".
     Raises `UsageError` for another kind, and when there is no run.
     """
     if kind not in ("csv", "parquet"):
@@ -157,6 +164,8 @@ def export(runs: Runs, out: Path, kind: str) -> list[Path]:
     files = []
     for name in TABLES:
         table: pd.DataFrame = getattr(runs, name)
+        if name == "runs":
+            table = table.assign(**_accuracies(runs))
         lists = [column for column in ("hyperparameters", "participants") if column in table]
         plain = table.assign(**{column: table[column].map(json.dumps) for column in lists})
         files.append(out / f"{name}.{kind}")
@@ -165,6 +174,16 @@ def export(runs: Runs, out: Path, kind: str) -> list[Path]:
         else:
             plain.to_parquet(files[-1], index=False)
     return files
+
+
+def _accuracies(runs: Runs) -> "dict[str, pd.Series[float]]":
+    """Return every metric of every run, in the order of `runs.runs`, after the last and at the best round on test."""
+    ends = {"": "last", "_best_test": "best-test"}
+    return {
+        f"{metric}{end}": runs.runs["run"].map(scores(runs, metric, selection))
+        for end, selection in ends.items()
+        for metric in METRICS
+    }
 
 
 def _check(metric: str, selection: str) -> None:

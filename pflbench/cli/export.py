@@ -8,9 +8,10 @@ from pflbench.cli.report import load
 
 @click.command("export")
 @options.runs
+@options.where
 @click.option("--format", "kind", metavar="TEXT", default="csv", help="csv or parquet  [default: csv]")
 @options.out("export", "the tables")
-def command(runs: tuple[str, ...], kind: str, out: str) -> None:
+def command(runs: tuple[str, ...], where: tuple[str, ...], methods: tuple[str, ...], kind: str, out: str) -> None:
     """Write tidy tables for pandas and others: runs, rounds, evaluations and clients.
 
     RUNS are run folders, folders of them, or ids of runs in the folder `runs`  [default: runs].
@@ -18,5 +19,5 @@ def command(runs: tuple[str, ...], kind: str, out: str) -> None:
     from pflbench.reports import frames
 
     folder = options.folder("out", out)
-    for path in frames.export(load(runs), folder, kind):
+    for path in frames.export(load(runs, where, methods), folder, kind):
         click.echo(path)

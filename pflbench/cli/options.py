@@ -30,6 +30,14 @@ selection = click.option(
 )
 
 
+def where(command: Command) -> Command:
+    """Add the options `--where` and `--method`, which select runs by their settings."""
+    text = "only runs with this setting, such as alpha=0.1; may be repeated: of one name, any of the values counts"
+    command = click.option("--method", "methods", metavar="ALGO", multiple=True, help="only runs of this method; "
+                           "may be repeated")(command)  # fmt: skip
+    return click.option("--where", metavar="NAME=VALUE", multiple=True, help=text)(command)
+
+
 def out(default: str, what: str, *, in_config: bool = False) -> Callable[[Command], Command]:
     """Return the option `--out`, the folder to which a command writes `what`.
 
@@ -97,11 +105,11 @@ def toml(path: Path, noun: str) -> dict[str, Any]:
         raise UsageError(f"{noun}: {path} is not a TOML file: {str(error).splitlines()[0]}") from None
 
 
-def assignment(text: str) -> tuple[str, str]:
-    """Return name and value of `NAME=VALUE`."""
+def assignment(text: str, option: str = "set") -> tuple[str, str]:
+    """Return name and value of `NAME=VALUE`, a value of `option`."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"set: {text!r} is not NAME=VALUE")
+        raise UsageError(f"{option}: {text!r} is not NAME=VALUE")
     return name.strip().replace("-", "_"), value.strip()
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @options.runs
+@options.where
 @click.option("--metric", metavar="TEXT", default="accuracy", help="accuracy, accuracy_mean, accuracy_worst10, "
               "accuracy_std, global_accuracy, or the first four with own_ before them, of the clients' own models  "
               "[default: accuracy]")  # fmt: skip
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 @options.out("report", "the report")
 def command(
     runs: tuple[str, ...],
+    where: tuple[str, ...],
+    methods: tuple[str, ...],
     metric: str,
     selection: str,
     target: str | None,
@@ -49,7 +52,7 @@ def command(
     from pflbench.reports import report as reporting
 
     folder = options.folder("out", out)
-    found = load(runs, None if columns is None else columns.split(","))
+    found = load(runs, where, methods, None if columns is None else columns.split(","))
     limit = None if target is None else options.fraction("target", target)
     made = reporting.make(found, metric, selection, limit, [figures(name) for name in published])
     files = reporting.write(made, folder, workers=cores(), title=title, date=dt.date.today().isoformat())
@@ -71,11 +74,19 @@ def figures(name: str) -> "Published":
     return found
 
 
-def load(runs: tuple[str, ...], columns: list[str] | None = None) -> "Runs":
-    """Return the records of `runs`, folders or ids, and tell the user which folders were left out."""
+def load(
+    runs: tuple[str, ...], where: tuple[str, ...], methods: tuple[str, ...], columns: list[str] | None = None
+) -> "Runs":
+    """Return the records of `runs`, folders or ids, and tell the user which folders were left out.
+
+    `where` and `methods` are the values of the options that select runs.
+    """
     from pflbench.reports import frames
 
-    found = frames.load(*options.records(runs), columns=columns)
+    wanted: dict[str, list[str]] = {}
+    for name, value in (*(options.assignment(text, "where") for text in where), *(("algo", algo) for algo in methods)):
+        wanted.setdefault(name, []).append(value)
+    found = frames.load(*options.records(runs), columns=columns, where=wanted)
     for path, reason in found.left_out.itertuples(index=False):
         options.notice(f"left out {path}: {reason}")
     return found

@@ -156,6 +156,24 @@ def test_what_is_exported_is_what_was_loaded(grid, tmp_path, kind):
         export(runs, tmp_path, "excel")
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_exported_runs_have_their_accuracies(write, tmp_path, kind):
+    first = write(tmp_path / "runs", evaluations=7, level=0.4, spread=0.02, peak=3)
+    write(tmp_path / "runs", "local", level=0.6)
+    runs = load(tmp_path / "runs")
+    path = export(runs, tmp_path / "out", kind)[0]
+    table = (pd.read_csv if kind == "csv" else pd.read_parquet)(path).set_index("run")
+    for metric in ("accuracy", "accuracy_mean", "accuracy_worst10", "accuracy_std", "global_accuracy"):
+        for column, selection in ((metric, "last"), (f"{metric}_best_test", "best-test")):
+            expected = scores(runs, metric, selection)[table.index].to_numpy()
+            np.testing.assert_array_equal(table[column].to_numpy(dtype=float), expected)
+    rows = runs.evaluations[runs.evaluations["run"] == first.name]["accuracy"].tolist()
+    assert table.loc[first.name, "accuracy"] == rows[-1]
+    assert table.loc[first.name, "accuracy_best_test"] == rows[2] > rows[-1]
+    assert table["own_accuracy"].isna().all()
+    assert "accuracy" not in runs.runs
+
+
 def test_no_torch_is_imported(write, tmp_path):
     runs = str(write(tmp_path / "runs"))
     code = (

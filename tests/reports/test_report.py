@@ -246,6 +246,9 @@ def test_the_command_prints_the_table_and_says_what_was_left_out(write, tmp_path
         (["export", "empty"], "there is no finished run to export"),
         (["export", "good", "--format", "xls"], "unknown format 'xls'"),
         (["compare", "good", "empty"], "empty is not one finished run"),
+        (["report", "good", "--where", "alpha=3"], "where: no run has alpha 3.0; the runs have alpha 0.1"),
+        (["report", "good", "--where", "alpha"], "where: 'alpha' is not NAME=VALUE"),
+        (["export", "good", "--method", "fedsa"], "unknown method 'fedsa'; did you mean 'fedas'?"),
     ],
 )
 def test_bad_input_is_one_line(write, tmp_path, args, message):
@@ -278,6 +281,20 @@ def test_commands_take_ids_of_runs(write, tmp_path):
     done = call("compare", one.name, "0000", cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "'0000' is no folder, and no id of a run in runs" in done.stderr
+
+
+def test_commands_select_runs_by_setting_and_method(grid, tmp_path):
+    chosen = ("--where", "dataset=cifar100", "--where", "join-ratio=0.5", "--method", "fedas", "--method", "fedper")
+    assert call("export", grid, *chosen, "--where", "alpha=0.1", "--where", "alpha=0.5", cwd=tmp_path).returncode == 0
+    table = pd.read_csv(tmp_path / "export" / "runs.csv")
+    assert table.groupby(["algo", "dataset", "alpha"]).size().to_dict() == {
+        (algo, "cifar100", alpha): 3 for algo in ("fedas", "fedper") for alpha in (0.1, 0.5)
+    }
+    done = call("report", grid, *chosen, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "FedPer" in done.stdout
+    assert "FedAvg" not in done.stdout
+    assert "12 runs; report/accuracy.csv" in done.stdout
 
 
 def test_the_command_exports_tables(write, tmp_path):
