@@ -6,9 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pflbench.store.schema import METRICS
-
     from .frames import SELECTIONS, Runs, client_scores, export, load, scores
+    from .metrics import METRICS
 
 __all__ = ["METRICS", "SELECTIONS", "Runs", "client_scores", "export", "load", "scores"]
 

@@ -22,6 +22,7 @@ PER_CLIENT = {
     "global_accuracy": "global_accuracy",
     "own_accuracy": "own_accuracy",
     "own_accuracy_mean": "own_accuracy",
+    "mixed_accuracy": "mixed_accuracy",
 }
 """Metrics that are means over clients, with the name of the client's value: they can be compared client by client."""
 _ALWAYS = (

@@ -6,10 +6,10 @@ from typing import Any
 
 from pflbench.errors import UsageError
 from pflbench.store import schema
-from pflbench.store.schema import METRICS
 
 from . import stats
 from .frames import SELECTIONS, Runs, client_scores, load, scores
+from .metrics import METRICS
 
 _PARTS = ("fingerprints", "versions", "machine")
 

@@ -8,11 +8,11 @@ import pandas as pd
 
 from pflbench.errors import UsageError
 from pflbench.published import Published
-from pflbench.store.schema import METRICS
 
 from . import plots, stats
 from .accuracy import PER_CLIENT, AccuracyTable, Comparisons, Duels, accuracy_tables, duels
 from .frames import Runs, in_order, scores
+from .metrics import METRICS
 from .published import Reproduction, hold
 
 _SHARE = 0.9

@@ -13,21 +13,14 @@ import pyarrow.parquet as pq
 from pflbench.core import registry
 
 from . import dots, partition_plot, plots, stats, svg
-from .accuracy import AccuracyTable
+from .accuracy import PER_CLIENT, AccuracyTable
 from .contents import Report
 from .frames import Runs, client_scores, in_order
+from .metrics import tested
 from .published import Held
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_OF_CLIENTS = {
-    "global_accuracy": "global_accuracy",
-    "own_accuracy": "own_accuracy",
-    "own_accuracy_mean": "own_accuracy",
-}
-"""Metrics whose boxes of clients are not those of the deployed models."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ def jobs(report: Report) -> list[Job]:
     runs = report.runs
     style = look(runs)
     curves = plots.curves(runs)
-    of_clients = client_scores(runs, _OF_CLIENTS.get(report.metric, "accuracy"), report.selection)
+    of_clients = client_scores(runs, PER_CLIENT.get(report.metric, tested(report.metric)), report.selection)
     of_clients = of_clients.reindex(runs.runs["run"])
     out: list[Job] = []
     for table in report.tables:

@@ -16,8 +16,9 @@ from pflbench.errors import UsageError, unknown
 from pflbench.settings import fields, kind
 from pflbench.spec import RunSpec
 from pflbench.store import schema
-from pflbench.store.schema import METRICS, SEEDS, Contents, RecordError
+from pflbench.store.schema import SEEDS, Contents, RecordError
 
+from .metrics import METRICS, tested, with_mixed
 from .narrow import Where, narrow
 
 SELECTIONS = {
@@ -105,17 +106,14 @@ def load(*paths: Path | str, columns: Iterable[str] | None = None, where: Where 
     clients = pa.concat_tables(tables, promote_options="default").to_pandas()
     clients["run"] = [name for name, (_, contents) in found.items() for _ in range(len(contents.clients))]
     chosen = chosen or _default_columns(table)
-    return Runs(
-        _with_settings(table, chosen) if len(table) else table,
-        pd.DataFrame(rounds, columns=["run", *schema.ROUND]),
-        pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION, *schema.OWN]).astype(
-            # Unknown values must not change the type of a column to object.
-            dict.fromkeys((*METRICS, "test_loss", *schema.TIMES), float) | dict.fromkeys(schema.PASSES, "Int64")
-        ),
-        clients,
-        pd.DataFrame(left_out, columns=["path", "reason"]),
-        chosen,
+    of_rounds = pd.DataFrame(rounds, columns=["run", *schema.ROUND])
+    tested = pd.DataFrame(evaluations, columns=["run", *schema.EVALUATION, *schema.OWN]).astype(
+        # Unknown values must not change the type of a column to object.
+        dict.fromkeys((*schema.METRICS, "test_loss", *schema.TIMES), float) | dict.fromkeys(schema.PASSES, "Int64")
     )
+    tested, clients = with_mixed(of_rounds, tested, clients)
+    left = pd.DataFrame(left_out, columns=["path", "reason"])
+    return Runs(_with_settings(table, chosen) if len(table) else table, of_rounds, tested, clients, left, chosen)
 
 
 def scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> "pd.Series[float]":
@@ -196,12 +194,12 @@ def _check(metric: str, selection: str) -> None:
 def _selected(runs: Runs, rows: pd.DataFrame, metric: str, selection: str) -> pd.DataFrame:
     """Return the `rows` of the evaluations that the rule `selection` selects.
 
-    The best round on test is that of the tested model: of the clients' own models for their metrics.
+    The best round on test is that of the tested models, for example of the clients' own models for their metrics.
     """
     evaluations = runs.evaluations.sort_values(["run", "round"])
     groups = evaluations.groupby("run")
     if selection == "best-test":
-        of = "own_accuracy" if metric in schema.OWN else "accuracy"
+        of = tested(metric)
         chosen = evaluations.loc[evaluations.dropna(subset=of).groupby("run")[of].idxmax()]
     else:
         chosen = groups.tail(1 if selection == "last" else 5)

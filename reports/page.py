@@ -6,8 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from pflbench.store.schema import METRICS, OWN
-
 from . import drawing, plots, published
 from .accuracy import leaders
 from .contents import Report
@@ -18,6 +16,7 @@ _SHORT = {
     "accuracy": "accuracy", "accuracy_mean": "mean of clients", "accuracy_worst10": "worst 10 %",
     "accuracy_std": "deviation over clients", "global_accuracy": "global model",
 }  # fmt: skip
+_MODELS = {"own": "own models", "mixed": "own models of participants, deployed ones of others"}
 _SECONDS = ("seconds", "evaluation_seconds")
 
 
@@ -64,8 +63,10 @@ def html(report: Report, elements: Mapping[str, str], *, title: str, date: str |
 
 def short(metric: str) -> str:
     """Return a few words for a metric."""
-    name = metric.removeprefix("own_") if metric in OWN else metric
-    return f"{'own models: ' if metric in OWN else ''}{_SHORT.get(name, METRICS[metric])}"
+    kind, _, name = metric.partition("_")
+    if kind in _MODELS:
+        return f"{_MODELS[kind]}: {_SHORT[name]}"
+    return _SHORT[metric]
 
 
 def _against(elements: Mapping[str, str]) -> dict[int, list[str]]:

@@ -13,18 +13,21 @@ from pflbench.core import registry
 from pflbench.errors import unknown
 from pflbench.published import Figure, Published
 from pflbench.spec import RunSpec
-from pflbench.store.schema import METRICS, SEEDS
+from pflbench.store.schema import SEEDS
 
 from .accuracy import short
 from .frames import SELECTIONS, Runs, scores
+from .metrics import METRICS
 
 OURS = {
     ("accuracy", "last"): "deployed",
     ("own_accuracy", "last"): "own",
+    ("mixed_accuracy", "last"): "mixed",
     ("accuracy", "best-test"): "deployed, best on test",
     ("own_accuracy", "best-test"): "own, best on test",
 }
-"""Our figures that are shown beside a published one: of the deployed and of the clients' own models."""
+"""Our figures that are shown beside a published one: of the deployed models, of the clients' own models, and mixed: of
+the own models of the last round's participants and the deployed models of the other clients."""
 _FREE = ("algo", "hyperparameters", "eval_every", "tested", *SEEDS)
 """Settings in which the runs of a published figure may differ."""
 MANY = 2.0

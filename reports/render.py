@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pflbench.store.schema import METRICS
-
 from .accuracy import AccuracyTable, Cell
 from .frames import SELECTIONS
+from .metrics import METRICS
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

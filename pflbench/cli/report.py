@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 @options.runs
 @options.where
 @click.option("--metric", metavar="TEXT", default="accuracy", help="accuracy, accuracy_mean, accuracy_worst10, "
-              "accuracy_std, global_accuracy, or the first four with own_ before them, of the clients' own models  "
+              "accuracy_std or global_accuracy; own_accuracy, own_accuracy_mean, ..., of the clients' own models; or "
+              "mixed_accuracy, of the own models of a round's participants and the deployed models of the others  "
               "[default: accuracy]")  # fmt: skip
 @options.selection
 @click.option("--target", metavar="FLOAT", help="compare costs up to this accuracy, a fraction  [default: 90 % of the "

@@ -38,9 +38,9 @@ def test_a_cell_without_a_run_is_missing_and_never_ours(write, tmp_path):
     write(tmp_path, tested="both")
     row = lines(hold(load(tmp_path), published()))[1]
     assert row["published"] == "40.00"
-    assert {row[name] for name in ("deployed", "own", "difference")} == {None}
+    assert {row[name] for name in ("deployed", "own", "mixed", "difference")} == {None}
     text = markdown(hold(load(tmp_path), published()))
-    assert "| FedAvg-P | α=0.5 | 40.00 | missing | missing | missing | missing | own | missing |" in text
+    assert "| FedAvg-P | α=0.5 | 40.00 | missing | missing | missing | missing | missing | own | missing |" in text
     assert "1 of 2 published figures have no run of ours." in text
 
 
@@ -121,3 +121,21 @@ def test_the_report_has_files_a_plot_for_each_column_with_runs_and_a_section(wri
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Published figures and ours" in page
     assert "A paper, Table 1" in page
+
+
+def test_the_mixed_accuracy_is_of_own_models_of_participants_and_deployed_models_of_the_others(write, tmp_path):
+    write(tmp_path, tested="both", algo="fedavg")  # the participants of every round are clients 0 and 1
+    write(tmp_path, algo="local")
+    runs = load(tmp_path)
+    rows = runs.clients[(runs.clients["round"] == 5) & runs.clients["own_accuracy"].notna()].sort_values("client")
+    right = [
+        row["n"] * (row["own_accuracy"] if row["client"] in (0, 1) else row["accuracy"]) for _, row in rows.iterrows()
+    ]
+    by_run = scores(runs, "mixed_accuracy")
+    both = runs.runs.set_index("run")["tested"] == "both"
+    assert by_run[both].iloc[0] == pytest.approx(sum(right) / rows["n"].sum())
+    worst = min(r / n for r, n in zip(right, rows["n"], strict=True))  # of ten clients
+    assert scores(runs, "mixed_accuracy_worst10")[both].iloc[0] == pytest.approx(worst)
+    assert by_run[~both].isna().all()
+    best = runs.evaluations.groupby("run")["mixed_accuracy"].max()
+    assert scores(runs, "mixed_accuracy", "best-test")[both].iloc[0] == best[both].iloc[0]
