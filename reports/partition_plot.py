@@ -78,10 +78,10 @@ def _bubbles(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> N
 def _heat_map(figure: "Figure", axes: "Axes", counts: npt.NDArray[np.int64]) -> None:
     from matplotlib.colors import LogNorm
 
-    # Logarithmic, because a skewed partition has cells of 1 and of 1,000; cells without samples are white.
+    # Logarithmic, because a skewed partition has cells of 1 and of 1,000; cells without samples are blank.
     held = np.ma.masked_equal(counts.T, 0)
     image = axes.imshow(
         held, aspect="auto", interpolation="nearest", cmap="viridis_r", norm=LogNorm(1, max(int(counts.max()), 2))
     )
-    bar = figure.colorbar(image, ax=axes, label="samples (none: white)", pad=0.01)
+    bar = figure.colorbar(image, ax=axes, label="samples (none: blank)", pad=0.01)
     bar.ax.yaxis.set_major_formatter("{x:,.0f}")

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
     from .stats import Ranks
 
-# Okabe and Ito's palette for all kinds of colour vision, without yellow and black: a light or a dark page hides them.
+# Two shades of a hue for each family. Each has a contrast of 3:1 or more to a light and to a dark page, so the hues are
+# those of Okabe and Ito only where theirs have it. Markers tell methods apart where colours do not, for all eyes.
 _HUES = {
-    "personal part of the network": "#0072b2",
-    "one global model": "#d55e00",
-    "fine-tuning and meta-learning": "#009e73",
-    "mixture of models": "#cc79a7",
-    "personal model beside the global one": "#56b4e9",
-    "prototypes": "#e69f00",
+    "personal part of the network": ("#0072b2", "#3e97cf"),
+    "one global model": ("#d55e00", "#b85100"),
+    "fine-tuning and meta-learning": ("#009e73", "#00805d"),
+    "mixture of models": ("#cc79a7", "#b0578a"),
+    "personal model beside the global one": ("#7a5fc7", "#a07fe0"),
+    "prototypes": ("#ad7800", "#8a6500"),
 }
-_OTHER = "#868e96"
-_SHADES = (0.0, 0.4, 0.2)  # of a hue, towards white
+_OTHER = ("#868e96", "#6a727a")
 _MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀", ">": "▶"}
 _LINES = ("-", "--", ":", "-.")
 _HATCHES = ("", "///", "...", "xxx", "---", "ooo", "|||", "***", "+++", "OO")
@@ -58,24 +58,18 @@ class Style:
 
 
 def styles(families: Mapping[str, str]) -> dict[str, Style]:
-    """Return a style for each method; `families` has its family. Forty methods of one family are told apart.
+    """Return a style for each method; `families` has its family. Forty methods are told apart without any colour.
 
-    Methods of a family have shades of one hue, and differ in marker and hatch; from the eleventh, also in their lines.
+    Methods of a family share a hue. Ten methods, of any families, differ in marker and hatch; more, also in lines.
     """
     marks, count, out = list(_MARKS), dict.fromkeys(families.values(), 0), {}
-    for method, family in families.items():
-        i = count[family]
+    for i, (method, family) in enumerate(families.items()):
+        shades = _HUES.get(family, _OTHER)
+        colour = shades[count[family] % len(shades)]
         count[family] += 1
-        shade = _shaded(_HUES.get(family, _OTHER), _SHADES[i % len(_SHADES)])
-        line, mark = _LINES[i // len(marks) % len(_LINES)], i % len(marks)
-        out[method] = Style(shade, line, marks[mark], _HATCHES[mark])
+        mark = i % len(marks)
+        out[method] = Style(colour, _LINES[i // len(marks) % len(_LINES)], marks[mark], _HATCHES[mark])
     return out
-
-
-def _shaded(colour: str, by: float) -> str:
-    """Return `colour`, mixed with white."""
-    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(part + by * (255 - part)):02x}" for part in parts)
 
 
 def curves(runs: Runs) -> pd.DataFrame:
@@ -130,7 +124,7 @@ def learning(
             x = rows.groupby("round")[column].mean()[seeds.index]
             axes.plot(
                 x, mean, color=look.color, linestyle=look.linestyle, linewidth=1.4, label=method, marker=look.marker,
-                markersize=4, markevery=max(len(x) // 6, 1),
+                markersize=4, markevery=max(len(x) // 6, 1), clip_on=False,
             )  # fmt: skip
             if seeds.shape[1] > 1:
                 axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
@@ -226,7 +220,7 @@ def critical_difference(found: "Ranks", groups: Sequence[tuple[str, str]], title
         left = i < half
         level = -(0.16 * len(groups) + 0.25 + 0.28 * (i if left else k - 1 - i))
         end = 0.9 if left else k + 0.1
-        axes.plot([rank, rank, end], [0, level, level], color="0.35", linewidth=0.8)
+        axes.plot([rank, rank, end], [0, level, level], color="black", linewidth=0.8)
         text = f"{name}  {rank:.2f}" if left else f"{rank:.2f}  {name}"
         axes.text(end + (-0.05 if left else 0.05), level, text, ha="right" if left else "left", va="center", fontsize=8)
     for i, (first, last) in enumerate(groups):
