@@ -299,8 +299,8 @@ def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
     return Duels(table.rows, {pair: (w, t, lost) for pair, (w, t, lost) in counts.items()}, untested)
 
 
-def leaders(table: AccuracyTable) -> list[str]:
-    """Return in words which method leads in each setting, and by how much."""
+def leaders(table: AccuracyTable, tests: Comparisons) -> list[str]:
+    """Return in words which method leads in each setting, by how much, and whether that is significant."""
     word = "has the lowest value," if table.metric.endswith("_std") else "leads with"
     out = []
     for setting, labels in table.columns.items():
@@ -312,9 +312,13 @@ def leaders(table: AccuracyTable) -> list[str]:
         first = best_of(table.metric, means)
         second = best_of(table.metric, {method: mean for method, mean in means.items() if method != first})
         gap = 100 * abs(means[first] - means[second])
-        # A significantly worse method has no mark; neither has an untested one.
-        how = {"close": ", which is not significant", "best": ", a tie"}.get(cells[second].mark, "")
-        out.append(
-            f"{', '.join(labels)}: {first} {word} {100 * means[first]:.2f} %, {gap:.2f} points from {second}{how}."
-        )
+        if cells[second].mark == "best":
+            how = "a tie"
+        elif tests.better(setting, first, second) is None:
+            how = "not tested"
+        else:
+            how = "not significant" if cells[second].mark == "close" else "significant"
+        alone = ", one seed" if len(cells[first].runs) == 1 else ""
+        value = f"{100 * means[first]:.2f} %"
+        out.append(f"{', '.join(labels)}: {first} {word} {value}, {gap:.2f} points before {second} ({how}{alone}).")
     return out

@@ -10,7 +10,7 @@ from pflbench.errors import UsageError
 from pflbench.published import Published
 
 from . import plots, stats
-from .accuracy import PER_CLIENT, AccuracyTable, Comparisons, Duels, accuracy_tables, duels
+from .accuracy import PER_CLIENT, AccuracyTable, Comparisons, Duels, accuracy_tables, duels, leaders
 from .frames import Runs, in_order, scores
 from .metrics import METRICS
 from .published import Reproduction, hold
@@ -22,7 +22,8 @@ _SHARE = 0.9
 class Report:
     """The contents of a report.
 
-    `tables` are those of the `metric`; `every` has those of each metric that any run has. `ranks` and `duels` are by
+    `tables` are those of the `metric`; `every` has those of each metric that any run has, and
+    `leaders` says in words who leads. `ranks` and `duels` are by
     protocol: nothing is averaged over protocols.
     """
 
@@ -31,6 +32,7 @@ class Report:
     selection: str
     tables: list[AccuracyTable]
     every: Mapping[str, list[AccuracyTable]]
+    leaders: list[str]
     ranks: dict[int, stats.Ranks | str]
     duels: dict[int, Duels | str]
     published: list[Reproduction]
@@ -70,8 +72,9 @@ def make(
     found, tests = every[metric], compared[PER_CLIENT.get(metric)]
     ranks = {table.protocol: _ranks(table) for table in found}
     wins = {table.protocol: duels(table, tests) for table in found}
+    leading = [line for table in found for line in leaders(table, tests)]
     held = [hold(runs, one) for one in published]
-    return Report(runs, metric, selection, found, every, ranks, wins, held, _targets(runs, target))
+    return Report(runs, metric, selection, found, every, leading, ranks, wins, held, _targets(runs, target))
 
 
 def _ranks(table: AccuracyTable) -> stats.Ranks | str:

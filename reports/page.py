@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 
 from . import drawing, plots, published
-from .accuracy import leaders
 from .contents import Report
 from .frames import Runs, in_order, scores
 from .render import heading
@@ -45,7 +44,7 @@ def html(report: Report, elements: Mapping[str, str], *, title: str, date: str |
         metrics={name: short(name) for name in report.every},
         every=report.every,
         tables=report.tables,
-        leaders=leaders,
+        leaders=report.leaders,
         heading=heading,
         runs=[_run(row, labels, float(values[row["run"]])) for _, row in runs.runs.iterrows()],
         methods=_methods(runs),

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from pflbench.reports import report
 from pflbench.reports.accuracy import Comparisons, accuracy_tables, duels
 from pflbench.reports.frames import load, scores
 
@@ -153,3 +154,24 @@ def test_runs_of_different_sources_have_rows_of_their_own_and_all_are_used(write
 def test_runs_of_one_source_have_no_note_on_sources(grid):
     _, (table,) = made(grid)
     assert not [note for note in table.notes if "source" in note]
+
+
+def test_who_leads_is_said_in_words_with_the_gap_and_whether_it_is_significant(write, tmp_path):
+    for seed in (0, 1):
+        for algo, level in (("fedas", 0.8), ("fedper", 0.5)):
+            write(tmp_path, algo, level=level, seed=seed)
+    write(tmp_path, "fedas", alpha=0.5)
+    write(tmp_path, "fedas", alpha=1.0, level=0.5)
+    write(tmp_path, "fedper", alpha=1.0, level=0.5)
+    made = report.make(load(tmp_path))
+    (table,) = made.tables
+    means = {labels[1]: [table.cells.get((m, s)) for m in table.rows] for s, labels in table.columns.items()}
+    first, second = (100 * cell.mean for cell in means["α=0.1"])
+    assert made.leaders[0] == (
+        f"cifar10, α=0.1: FedAS leads with {first:.2f} %, {first - second:.2f} points before FedPer (significant)."
+    )
+    assert made.leaders[1] == "cifar10, α=0.5: only FedAS has runs."
+    assert made.leaders[2].endswith("%, 0.00 points before FedPer (a tie, one seed).")
+    std = report.make(load(tmp_path), "accuracy_std")
+    assert "has the lowest value," in std.leaders[0]
+    assert std.leaders[0].endswith("(not tested).")
