@@ -27,6 +27,8 @@ def with_mixed(
     rounds: pd.DataFrame, evaluations: pd.DataFrame, clients: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return `evaluations` and `clients` with the metrics of `MIXED`, NaN where the own models were not tested."""
+    if evaluations.empty:
+        return evaluations.assign(**dict.fromkeys(MIXED, math.nan)), clients.assign(mixed_accuracy=math.nan)
     took_part = rounds[["run", "round", "participants"]].explode("participants")
     pairs = pd.MultiIndex.from_frame(took_part)
     part = pd.MultiIndex.from_frame(clients[["run", "round", "client"]]).isin(pairs)

@@ -20,7 +20,7 @@ from pflbench.engine.evaluation import Score, summary
 
 # Federations of the user.
 
-MODELS = ("own", None)  # fingerprints, which do not matter here
+MODELS = ("a", None, None)
 
 
 def _numpy(arrays):
@@ -262,6 +262,7 @@ def test_different_settings_have_different_ids():
         "join_ratio": 0.2, "rounds": 41, "local_epochs": 6, "batch_size": 17, "lr": 0.006, "momentum": 0.1,
         "weight_decay": 0.1, "lr_decay": 0.9, "shuffle": False, "drop_last": True, "eval_every": 2, "seed": 1,
         "partition_seed": 1, "init_seed": 1, "sampling_seed": 1, "order_seed": 1, "precision": "bf16",
+        "tested": "both",
     }  # fmt: skip
     missing = {f.name for f in dataclasses.fields(RunSpec)} - others.keys()
     assert missing == {"classes_per_client", "norm"}  # of other partitions and models
@@ -347,8 +348,8 @@ def test_everybody_has_his_turn():
 
 def test_the_summary_of_twelve_clients_is_what_pencil_and_paper_give():
     right = [1, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5, 40]
-    scores = [Score(i, 10, k, 2.0 * i, k // 2, MODELS) for i, k in enumerate(right[:-1])] + [
-        Score(11, 50, 40, 7.0, 30, MODELS)
+    scores = [Score(i, 10, k, 2.0 * i, k // 2, k - 1, MODELS) for i, k in enumerate(right[:-1])] + [
+        Score(11, 50, 40, 7.0, 30, 39, MODELS)
     ]
     found = summary(scores)
     each = [0.1, 0.3] + [0.5] * 9 + [0.8]
@@ -359,11 +360,16 @@ def test_the_summary_of_twelve_clients_is_what_pencil_and_paper_give():
     assert found["accuracy_worst10"] == pytest.approx(0.2)  # two of twelve
     assert found["global_accuracy"] == pytest.approx((0 + 1 + 9 * 2 + 30) / 160)
     assert found["test_loss"] == pytest.approx((2 * 55 + 7) / 160)
+    own = [0.0, 0.2] + [0.4] * 9 + [0.78]
+    assert found["own_accuracy"] == pytest.approx((49 - 11 + 39) / 160)
+    assert found["own_accuracy_mean"] == pytest.approx(sum(own) / 12)
+    assert found["own_accuracy_worst10"] == pytest.approx(0.1)
+    assert found["own_accuracy_std"] == pytest.approx(float(np.std(own)))
 
 
 @pytest.mark.parametrize(("clients", "worst"), [(1, 1), (9, 1), (10, 1), (11, 2), (20, 2), (21, 3)])
 def test_the_worst_tenth_is_rounded_up(clients, worst):
-    scores = [Score(i, 100, i, 0.0, None, MODELS) for i in reversed(range(clients))]
+    scores = [Score(i, 100, i, 0.0, None, None, MODELS) for i in reversed(range(clients))]
     assert summary(scores)["accuracy_worst10"] == pytest.approx(sum(range(worst)) / worst / 100)
     assert summary(scores)["global_accuracy"] is None
 
