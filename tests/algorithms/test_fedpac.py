@@ -186,6 +186,16 @@ def test_the_variance_is_that_of_the_estimated_statistics():
     torch.testing.assert_close(upload["statistics"], rows.mean(0), rtol=0, atol=1e-12)
 
 
+def test_the_variance_of_samples_that_are_alike_is_not_negative_by_rounding():
+    net = toy.net().float()
+    for seed in range(10):
+        x = torch.randn(1, 3, generator=torch.Generator().manual_seed(seed)).expand(5, 3)
+        mean = torch.zeros(3, 3)
+        received = Message({"model": toy.initial(net), "mean": mean, "count": mean[0]})
+        variance = float(_update(net=net, data=(x, torch.ones(5).long()), received=received)["variance"])
+        assert 0 <= variance < 1e-6
+
+
 def test_statistics_and_means_are_taken_in_evaluation_mode():
     x, y, _, _ = oracle.arrays()[0]
     upload = _update(net=toy.dropping())
@@ -199,6 +209,7 @@ def test_statistics_and_means_are_taken_in_evaluation_mode():
 def test_a_client_gets_its_own_head_and_one_that_never_took_part_the_initial_head():
     record = toy.run("fedpac", join_ratio=0.5, sampling_seed=4, rounds=1)  # client 0 alone
     method = registry.algorithm("fedpac")()
+    assert method.init_server(toy.setup())["model"].keys() == record.server["model"].keys() == set(oracle.BODY)
     for send in (method.broadcast, method.serve):
         own, other = (send(toy.round(2), record.server, i)["model"] for i in (0, 1))
         oracle.close(oracle.body(other), record.server["model"])
@@ -213,6 +224,7 @@ def test_messages_of_a_float32_network_are_float32():
     assert {t.dtype for t in tensors} == {torch.float32}
     model, means = 4 * 24, 4 * 3 * (3 + 1)
     assert {row["bytes_down"] for row in record.rounds} == {2 * (model + means)}
+    assert {row["bytes_up"] for row in record.rounds} == {2 * (model + means + 4 * 9 + 8)}  # V is a number
 
 
 # The client's training.
@@ -449,7 +461,7 @@ def test_weights_of_0_001_and_less_are_left_out_and_the_others_sum_to_one():
 def test_weights_do_not_depend_on_the_scale_of_the_features():
     h, v = _problem(4, 1)
     _, usual = _aggregate(h, v)
-    for scale in (1e-4, 1e4):
+    for scale in (1e-12, 1e-4, 1e4, 1e12):
         _, weights = _aggregate([scale * t for t in h], [scale**2 * t for t in v])
         torch.testing.assert_close(weights, usual, rtol=0, atol=1e-9)
     for scale in (1e-4, 1.0, 1e4):
