@@ -16,8 +16,8 @@ Reported: the authors' code prints both, the deployed model and the client's own
 Deviations: a client gets its combined head when it takes part again; the authors' code sends it at once, with the same
 bytes. C_y of a class that no client uploads stays as it was; before there is one, it is the client's mean feature from
 before its training, and without any C, lambda is 0, as in the authors' code. There, the momentum is 0.5 and the weight
-decay 0.0005; ours are the protocol's. Weights up to 0.001 are dropped (unless all are), as in their code, which solves the same
-quadratic program with another solver after clipping small eigenvalues.
+decay 0.0005; ours are the protocol's. Weights up to 0.001 are dropped, unless all are, as in their code, which solves
+the same quadratic program with another solver after clipping small eigenvalues.
 """
 
 from collections.abc import Sequence
