@@ -112,10 +112,15 @@ def hold(runs: Runs, published: Published) -> Reproduction:
     cells = [(figure, _runs_of(runs.runs, figure)) for figure in published.figures]
     protocol, notes = _protocol(published, names, {p for _, found in cells for p in _protocols(found, names)})
     values = {key: scores(runs, *key) for key in _keys(published)}
-    rows = []
+    rows, mixed = [], []
     for figure, found in cells:
-        of_protocol = [p == protocol for p in _protocols(found, names)]
-        rows.append(_held(figure, published.columns, [str(run) for run in found["run"][of_protocol]], values))
+        used = found.loc[[p == protocol for p in _protocols(found, names)]]
+        if used["algorithm_fingerprint"].nunique() > 1:
+            mixed.append(_name(figure))
+        used = used.drop_duplicates([*SEEDS], keep="last")  # the same seed of another source is no other seed
+        rows.append(_held(figure, published.columns, [str(run) for run in used["run"]], values))
+    if mixed:
+        notes.append(f"Runs of {', '.join(dict.fromkeys(mixed))} have different sources; of a seed, one is used.")
     return Reproduction(
         published.source,
         rows,

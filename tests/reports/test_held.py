@@ -139,3 +139,15 @@ def test_the_mixed_accuracy_is_of_own_models_of_participants_and_deployed_models
     assert by_run[~both].isna().all()
     best = runs.evaluations.groupby("run")["mixed_accuracy"].max()
     assert scores(runs, "mixed_accuracy", "best-test")[both].iloc[0] == best[both].iloc[0]
+
+
+def test_a_seed_counts_once_even_if_two_sources_have_it(write, tmp_path):
+    def other(run):
+        run["fingerprints"]["algorithm"] = "f" * 64
+
+    write(tmp_path / "a", tested="both")
+    write(tmp_path / "b", tested="both", edit=other)
+    write(tmp_path / "b", tested="both", seed=1)
+    found = hold(load(tmp_path / "a", tmp_path / "b"), published())
+    assert found.rows[0].held.seeds == 2
+    assert "Runs of FedAvg-P have different sources" in found.notes[0]

@@ -1,0 +1,47 @@
+"""Write the tables of docs/results/fedas.md from the records beside it: `python tests/results.py`."""
+
+import re
+import tarfile
+import tempfile
+from pathlib import Path
+
+from pflbench.cli.sweep import read_suite
+from pflbench.reports import load
+from pflbench.reports.frames import Runs
+from pflbench.reports.published import hold, lines
+
+FOLDER = Path(__file__).parents[1] / "docs" / "results"
+PAGE = FOLDER / "fedas.md"
+SUITES = {"fedas-table2": "cifar100"}  # with the dataset of its runs
+_PLACE = re.compile(r"(<!-- tables: python tests/results.py -->\n).*?(<!-- end of tables -->)", re.DOTALL)
+
+
+def records(folder: Path) -> Path:
+    """Unpack the records into `folder`; return the folder of the runs."""
+    with tarfile.open(FOLDER / "fedas.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "fedas"
+
+
+def table(runs: Runs, suite: str) -> str:
+    """Return the cells of a suite that have runs, as Markdown."""
+    published = read_suite(suite).published
+    assert published is not None
+    found = hold(runs, published)
+    rows = [row for row, held in zip(lines(found), found.rows, strict=True) if held.held]
+    cells = [list(rows[0]), ["---", "---", *("---:" for _ in list(rows[0])[2:])], *(list(row.values()) for row in rows)]
+    text = "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in cells)
+    notes = "".join(f"- {note}\n" for note in found.notes)
+    return f"**{found.source}.** Percent.\n\n{text}\n\n{notes}"
+
+
+def page(text: str) -> str:
+    """Return the page with current tables."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = records(Path(folder))
+        made = "\n".join(table(load(place, where={"dataset": [data]}), suite) for suite, data in SUITES.items())
+    return _PLACE.sub(lambda found: f"{found[1]}{made}{found[2]}", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
