@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from .plots import Style
+from .plots import COLUMN, Style
 from .published import Held
+from .svg import LINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
     from matplotlib.lines import Line2D
 
     rows = sorted(rows, key=lambda row: row.published)
-    out = New(figsize=(6.2, 1.1 + 0.27 * len(rows)), layout="constrained")
+    out = New(figsize=(COLUMN, 1.1 + 0.27 * len(rows)), layout="constrained")
     axes = out.subplots()
     for y, row in enumerate(rows):
         look = style[row.method]
@@ -31,17 +32,17 @@ def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
                 color=look.color, capsize=2, zorder=4,
             )  # fmt: skip
         if worst is not None:
-            axes.plot(100 * worst.mean, y, marker="|", markersize=9, color=look.color)
+            axes.plot(100 * worst.mean, y, marker="|", markersize=9, color=look.color, zorder=2)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_xlabel("accuracy, %")
-    axes.grid(axis="x", color="0.9", linewidth=0.6)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    marks = (("o", "none", "published"), ("o", "0.3", "ours"), ("|", "0.3", "ours, worst 10 % of the clients"))
+    marks = (("o", "none", "published"), ("o", "0.3", "ours"), ("|", "0.3", "our worst 10 %"))
     handles = [
         Line2D([], [], linestyle="", marker=mark, color="0.3", markerfacecolor=fill, label=label)
         for mark, fill, label in marks
     ]
-    out.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    out.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1)
     axes.set_title(title, fontsize=10, loc="left")
     return out

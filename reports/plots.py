@@ -32,7 +32,7 @@ _OTHER = ("#868e96", "#6a727a")
 _MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀", ">": "▶"}
 _LINES = ("-", "--", ":", "-.")
 _HATCHES = ("", "///", "...", "xxx", "---", "ooo", "|||", "***", "+++", "OO")
-_COLUMN = 3.55  # inches: a phone's width, and the width of a column of a paper
+COLUMN = 3.55  # inches: a phone's width, and the width of a column of a paper
 
 
 FACTORS = {
@@ -108,7 +108,7 @@ def learning(
 
     alone = len(costs) == 1
     # The layout is fixed: an automatic layout of three panels and a legend would take most of the time.
-    width, height = (_COLUMN, 2.7) if alone else (10.5, 3.4)
+    width, height = (COLUMN, 2.7) if alone else (10.5, 3.4)
     legend = 0.6 + 0.075 * max(len(str(method)) for method in data["method"])
     figure = Figure(figsize=(width, height))
     if alone:
@@ -150,7 +150,7 @@ def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, 
 
 def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style], title: str) -> "Figure":
     """Draw the distribution of the clients' accuracies (fractions, of all seeds) of each method in one setting."""
-    figure = _figure(_COLUMN, 1.0 + 0.26 * len(values))
+    figure = _figure(COLUMN, 1.0 + 0.26 * len(values))
     axes = figure.subplots()
     names = list(reversed(values))
     boxes = axes.boxplot(
@@ -174,7 +174,7 @@ def against(
 
     With `alone` there is no legend: the page has it.
     """
-    figure = _figure(_COLUMN if alone else 6.2, 2.7 if alone else 3.6)
+    figure = _figure(COLUMN if alone else 6.2, 2.7 if alone else 3.6)
     axes = figure.subplots()
     for method, rows in _groups(points.sort_values(factor), style):
         look = style[method]

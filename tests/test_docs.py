@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import results
 import toy  # noqa: F401  (the import of torch is done once, before the time of a test)
 
 from pflbench.sweep.suite import Suite
@@ -28,6 +29,7 @@ NOT_RUN = {
     "pip install '.[perf]'": "needs the network",
     "pytest tests/perf -o python_files='bench_*.py'": "takes minutes: tox -e perf",
     "pytest tests/perf/bench_round.py -o python_files='bench_*.py' --scale 1 --pairs 3": "takes minutes: tox -e perf",
+    "tar -xf docs/results/fedas.tar.xz": "tests/test_results.py unpacks it",
     "tox -e perf": "takes minutes; a regression check, no test",
 }  # fmt: skip
 
@@ -53,6 +55,7 @@ def folder(tree, quick, tmp_path_factory):
     for algo in ("fedavg", "fedas"):
         done = run(["-m", "pflbench", "run", "--algo", algo, *quick], folder)
         assert done.returncode == 0, done.stderr
+    results.records(folder)
     for page in (ROOT / "docs").glob("*.md"):
         for name, code in re.findall(r"`(\w+\.py)`.{0,80}?\n\n```python\n(\"\"\".*?)```", page.read_text(), re.DOTALL):
             (folder / name).write_text(code, encoding="utf-8")

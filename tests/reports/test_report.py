@@ -305,6 +305,65 @@ def test_the_command_exports_tables(write, tmp_path):
 
 
 # A browser writes its errors to the page's title, and the page's facts into an element, by this script.
+def test_the_page_has_hyperparameters_and_how_many_clients_took_part(write, tmp_path):
+    write(tmp_path / "runs", "fedas", hyper={"align_lr": 0.25, "alignment": "off"})
+    write(tmp_path / "runs", "fedavg")
+    report.write(report.make(load(tmp_path / "runs")), tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    methods = page[page.index('<section id="methods">') : page.index('<section id="runs">')]
+    rows = re.findall(
+        r'<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td><td class="text">(.*?)</td>', methods
+    )
+    assert rows == [
+        ("FedAS", "1", "1", "2 of 10", "align_lr=0.25, alignment=off"), ("FedAvg", "1", "1", "2 of 10", "none"),
+    ]  # fmt: skip
+
+
+def test_the_details_of_a_run_are_words_and_units(write, tmp_path):
+    run = write(tmp_path / "runs", "fedas", hyper={"align_lr": 0.25}).name
+    report.write(report.make(load(tmp_path / "runs")), tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    details = page[page.index(f'<details id="run-{run}"') :].split("</details>")[0]
+    for name, value in (
+        ("hyperparameters", "align_lr=0.25"), ("bytes_up", "0.0 MB"), ("seconds", "2.5 s"), ("lr", "0.005"),
+        ("shuffle", "true"),
+    ):  # fmt: skip
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in details
+
+
+def test_the_page_has_its_title_date_and_version(write, tmp_path):
+    write(tmp_path / "runs")
+    report.write(report.make(load(tmp_path / "runs")), tmp_path / "a", title="A <trial>", date="2026-01-02")
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "<title>A &lt;trial&gt;</title>" in page
+    assert "2026-01-02, pflbench 0." in page
+    report.write(report.make(load(tmp_path / "runs")), tmp_path / "b")
+    assert "2026-01-02" not in (tmp_path / "b" / "report.html").read_text()
+
+
+def test_pairs_that_are_too_few_to_test_are_counted(write, tmp_path):
+    write(tmp_path / "runs", "fedas", clients=4)
+    write(tmp_path / "runs", "fedavg", clients=4, level=0.2)
+    write(tmp_path / "runs", "fedas", alpha=0.5, clients=10, level=0.9)
+    write(tmp_path / "runs", "fedavg", alpha=0.5, clients=10, level=0.2)
+    made = report.make(load(tmp_path / "runs", columns=["dataset", "alpha", "clients"]))
+    (duel,) = made.duels.values()
+    assert duel.untested == 1
+    report.write(made, tmp_path / "report")
+    assert "1 comparisons of two methods" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_mean_of_rounds_that_is_no_integer_has_decimals(write, tmp_path):
+    for seed in range(3):
+        write(tmp_path / "runs", level=0.5, spread=0.01, seed=seed, peak=3 if seed else None)
+    report.write(report.make(load(tmp_path / "runs"), target=0.25), tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Costs to reach 25.0 % accuracy" in page
+    (shown,) = re.findall(r'<tr><th scope="row">FedAvg</th><td data-value="([\d.]+)">([\d.]+)</td>', page)
+    assert shown[1] == f"{float(shown[0]):.1f}"
+    assert not float(shown[0]).is_integer()
+
+
 _PROBE = """
 <script>
 window.onerror = text => { document.title = "error " + text; };
