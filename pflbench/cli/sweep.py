@@ -1,5 +1,6 @@
 """`pflbench sweep`: many experiments."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 @options.out("runs", "records")
 @options.data_dir
 @click.option("--retry", is_flag=True, help="run failed runs again, and interrupted runs from the beginning")
+@click.option("--shard", metavar="I/N", help="only part I of N parts of about equal cost, for N machines or array jobs")
+@click.option("--list", "as_commands", is_flag=True, help="print a `pflbench run` command for each run to do, and stop")
 @click.option("--dry-run", is_flag=True, help="print the plan, and stop")
 @click.option("--quiet", is_flag=True, help="print no progress")
 @options.as_json
@@ -30,6 +33,8 @@ def command(
     out: str,
     data_dir: str | None,
     retry: bool,
+    shard: str | None,
+    as_commands: bool,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -53,9 +58,11 @@ def command(
     at_least_one("jobs", count)
     data = options.data_folder(data_dir)
 
-    from pflbench.sweep import runner
+    from pflbench.sweep import runner, spread
 
-    runs = runner.plan(specs, data, options.notice, download=not dry_run)
+    runs = runner.plan(specs, data, options.notice, download=not (dry_run or as_commands))
+    if shard is not None:
+        runs = spread.shard(runs, shard)
     found = {run.id: runner.status(run, folder) for run in runs}
     if retry:
         found = {run: status if status == "finished" else None for run, status in found.items()}
@@ -65,6 +72,14 @@ def command(
             f"other code made {len(other)} of the recorded runs (for example {name}: {what}); "
             "to run them again, move their records away"
         )
+    if as_commands:
+        more = ["--resume", "--out", out, *([] if data_dir is None else ["--data-dir", data_dir])]
+        given_names = names({spec.dataset for spec in specs}, data)
+        for run in runs:
+            if found[run.id] is None:
+                spec = dataclasses.replace(run.spec, dataset=given_names[run.spec.dataset])
+                click.echo(spread.command(spec, *more))
+        return
     if dry_run:
         _show_plan(runs, found, as_json=as_json)
         return
@@ -85,6 +100,14 @@ def command(
             click.echo(f"failed: {run.id} {label}: {failed[run.id]}", err=True)
     if failed:
         raise PflbenchError(f"{len(failed)} of {len(runs)} runs failed")
+
+
+def names(datasets: set[str], data_dir: Path | None) -> dict[str, str]:
+    """Return the name that the user gave each dataset, by the name that it has in a resolved spec."""
+    from pflbench.datasets import default_data_dir, resolve
+
+    folder = data_dir or default_data_dir()
+    return {resolve(name, folder, notice=lambda _: None, download=False): name for name in sorted(datasets)}
 
 
 def _show_plan(runs: "list[Experiment]", found: dict[str, str | None], *, as_json: bool) -> None:
