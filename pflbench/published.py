@@ -2,13 +2,20 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pflbench.errors import UsageError, unknown
 from pflbench.spec import RunSpec
 
+METRICS = (
+    "accuracy", "accuracy_mean", "accuracy_worst10", "accuracy_std", "global_accuracy", "own_accuracy",
+    "own_accuracy_mean", "own_accuracy_worst10", "own_accuracy_std", "mixed_accuracy", "mixed_accuracy_worst10",
+)  # fmt: skip
+SELECTIONS = ("last", "last5", "best-test")
+"""The figures of a report against which a published one can be held; `pflbench.reports` says what they are."""
 _KEYS = ("source", "columns", "row")
 _ROW = ("algo", "name", "set", "percent", "metric", "selection", "why")
 
@@ -19,6 +26,7 @@ class Figure:
 
     `name` is the source's name of the method, None if it is ours. `hyperparameters` are those that the figure's runs
     set, all others have their defaults. `where` has the settings of the figure's column, and `value` is a fraction.
+    `settings` has those of the method in which it differs from the suite.
     `metric` and `selection` name our figure against which it is held, and `why` says why, None if it needs no reason.
     """
 
@@ -30,6 +38,7 @@ class Figure:
     metric: str
     selection: str
     why: str | None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +55,18 @@ class Published:
     base: Mapping[str, Any]
 
     @classmethod
-    def from_toml(cls, values: Mapping[str, Any], base: Mapping[str, Any], where: Path) -> Self:
+    def from_toml(
+        cls,
+        values: Mapping[str, Any],
+        base: Mapping[str, Any],
+        where: Path,
+        *,
+        algorithm: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
+    ) -> Self:
         """Return the table [published] of suite file `where`: `values`, with underscores in its names.
 
-        `base` are the suite's settings. Raises `UsageError` for an unknown key or setting, for a wrong number of
-        figures, and for a figure that is no percentage.
+        `base` are the suite's settings, `algorithm` those of each method. Raises `UsageError` for an unknown key or
+        setting, for no row, for a wrong number of figures, and for a figure that is no percentage.
         """
         noun = f"{where}: published"
         _check(values, _KEYS, noun)
@@ -61,20 +77,32 @@ class Published:
         cells = [
             _parsed(shared, dict(zip(columns, cell, strict=True))) for cell in itertools.product(*columns.values())
         ]
+        rows = _get(values, "row", list, noun)
+        if not rows:
+            raise UsageError(f"{noun}: row is empty; a row is a table [[published.row]]")
+
+        def own(algo: Any) -> dict[str, Any]:
+            found = dict(algorithm.get(str(algo), {}))
+            hyperparameters = {**base.get("set", {}), **found.pop("set", {})}
+            return {**_parsed({**shared, **cells[0]}, found), "set": hyperparameters}
+
         return cls(
             source=_get(values, "source", str, noun),
             columns=tuple(columns),
             figures=tuple(
                 figure
-                for number, row in enumerate(_get(values, "row", list, noun), 1)
-                for figure in _figures(row, cells, f"{noun}, row {number}")
+                for number, row in enumerate(rows, 1)
+                for figure in _figures(row, cells, f"{noun}, row {number}", own)
             ),
-            base=_parsed({}, shared),
+            base=_parsed(cells[0], shared),
         )
 
 
-def _figures(row: Any, cells: list[dict[str, Any]], noun: str) -> list[Figure]:
-    """Return the figures of a row, one for each of the `cells`, which are the settings of the columns."""
+def _figures(row: Any, cells: list[dict[str, Any]], noun: str, own: Callable[[Any], dict[str, Any]]) -> list[Figure]:
+    """Return the figures of a row, one for each of the `cells`, which are the settings of the columns.
+
+    `own` returns the settings of a method in the suite.
+    """
     if not isinstance(row, dict):
         raise UsageError(f"{noun}: {row!r} is not a table, [[published.row]]")
     _check(row, _ROW, noun)
@@ -86,16 +114,23 @@ def _figures(row: Any, cells: list[dict[str, Any]], noun: str) -> list[Figure]:
     for value in percent:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
             raise UsageError(f"{noun}: percent: {value!r} is not a number from 0 to 100")
+    settings = own(algo)
+    hyperparameters = settings.pop("set")
+    metric, selection = _get(row, "metric", str, noun, "accuracy"), _get(row, "selection", str, noun, "last")
+    for what, name, known in (("metric", metric, METRICS), ("selection", selection, SELECTIONS)):
+        if name not in known:
+            raise unknown(f"{what} in {noun}", name, known)
     return [
         Figure(
             algo=algo,
             name=_get(row, "name", str, noun, None),
-            hyperparameters=_get(row, "set", dict, noun, {}),
+            hyperparameters={**hyperparameters, **_get(row, "set", dict, noun, {})},
             where=cell,
             value=value / 100,
-            metric=_get(row, "metric", str, noun, "accuracy"),
-            selection=_get(row, "selection", str, noun, "last"),
+            metric=metric,
+            selection=selection,
             why=_get(row, "why", str, noun, None),
+            settings=settings,
         )
         for cell, value in zip(cells, percent, strict=True)
     ]

@@ -190,6 +190,8 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
 
 def _seeds(cells: Mapping[tuple[str, int], Cell]) -> list[str]:
     counts = sorted({len(cell.runs) for cell in cells.values()})
+    if not counts:  # no run of the protocol has the metric
+        return []
     if counts == [1]:
         return ["Each cell is one seed: it has no standard deviation, and differences may be chance."]
     between = " to ".join(map(str, sorted({counts[0], counts[-1]})))
@@ -219,10 +221,12 @@ def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, ...]]:
     found = {int(str(n)): tuple(_label(row, column) for column in runs.columns) for n, row in settings.iterrows()}
     for detail in ("min_samples", "data"):
         count = Counter(found.values())
+        place = [name for name in ("partition", "dataset") if name in runs.columns]
+        at = runs.columns.index(place[0]) if place else len(runs.columns) - 1
         for number, label in found.items():
             if count[label] > 1:
                 value = str(data[number])[:6] if detail == "data" else str(settings.loc[number, detail])
-                found[number] = *label[:-1], f"{label[-1]}, {detail} {value}"
+                found[number] = *label[:at], f"{label[at]}, {detail} {value}", *label[at + 1 :]
     return found
 
 
@@ -264,6 +268,8 @@ def _order(name: str) -> int:
 
 
 def _plain(value: Any) -> str:
+    if pd.isna(value):
+        return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -320,5 +326,5 @@ def leaders(table: AccuracyTable, tests: Comparisons) -> list[str]:
             how = "not significant" if cells[second].mark == "close" else "significant"
         alone = ", one seed" if len(cells[first].runs) == 1 else ""
         value = f"{100 * means[first]:.2f} %"
-        out.append(f"{', '.join(labels)}: {first} {word} {value}, {gap:.2f} points before {second} ({how}{alone}).")
+        out.append(f"{', '.join(labels)}: {first} {word} {value}, {gap:.2f} points ahead of {second} ({how}{alone}).")
     return out

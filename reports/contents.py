@@ -90,7 +90,7 @@ def _targets(runs: Runs, target: float | None) -> dict[int, tuple[float, str, pd
             last = curves.sort_values("round").groupby(["method", "run"])["accuracy"].last().groupby("method").mean()
             wanted = _SHARE * float(last.max())
             share = f"{100 * _SHARE:.0f} %"
-            why = f"This is {share} of the best method's accuracy after the last round. --target sets another."
+            why = f"This is {share} of the best deployed accuracy after the last round. --target sets another."
         groups = {str(method): group for method, group in curves.groupby("method")}
         lines = []
         for method in in_order(groups):

@@ -38,9 +38,9 @@ def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    marks = (("o", "none", "published"), ("o", "0.3", "ours"), ("|", "0.3", "our worst 10 %"))
+    marks = (("o", "none", "published"), ("o", "black", "ours"), ("|", "black", "our worst 10 %"))
     handles = [
-        Line2D([], [], linestyle="", marker=mark, color="0.3", markerfacecolor=fill, label=label)
+        Line2D([], [], linestyle="", marker=mark, color="black", markerfacecolor=fill, label=label)
         for mark, fill, label in marks
     ]
     out.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1)

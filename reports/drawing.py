@@ -92,7 +92,7 @@ def jobs(report: Report) -> list[Job]:
             of_seed = f"{title}, seed {first['seed']}"
             out.append(Job(f"partition-{setting}", name, _partition, (Path(first["path"]), of_seed)))
         for factor, (words, _) in plots.FACTORS.items():
-            for i, (others, points) in enumerate(_against(report, table, factor).items()):
+            for i, (others, points) in enumerate(_against(report, table, factor)):
                 name = f"{factor}-{table.protocol}-{i}"
                 title = f"accuracy against {words}, {others}"
                 alone = {f"{name}-panel": {"alone": True}}
@@ -124,20 +124,24 @@ def _partition(run: Path, title: str) -> "Figure":
     return partition_plot.figure(counts, names, title)
 
 
-def _against(report: Report, table: AccuracyTable, factor: str) -> dict[str, pd.DataFrame]:
-    """Return method, `factor`, mean and std of a table's settings, by the labels of the settings in all else.
+def _against(report: Report, table: AccuracyTable, factor: str) -> list[tuple[str, pd.DataFrame]]:
+    """Return the lines of a table against `factor`, "alpha" or "join_ratio": method, factor, mean and std.
 
-    Settings that differ in nothing but the factor, an "alpha" or a "join_ratio", are one entry; it has two or more.
+    Settings that differ in nothing but the factor are one entry, under the labels of all else; it has two or more.
     """
     settings = report.runs.settings()
+    data = report.runs.runs.groupby("setting")["data_fingerprint"].first()
     level = "partition" if factor == "alpha" else factor
-    points: dict[str, list[dict[str, Any]]] = {}
+    points: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    titles: dict[tuple[str, ...], str] = {}
     for (method, setting), cell in table.cells.items():
         row = settings.loc[setting]
         if level in table.levels and (factor != "alpha" or row["partition"] == "dirichlet"):
             labels = zip(table.levels, table.columns[setting], strict=True)
-            others = ", ".join(label for name, label in labels if name != level)
+            others = tuple(str(value) for name, value in row.items() if name != factor)
+            key = (*others, data[setting])
+            titles[key] = ", ".join(label for name, label in labels if name != level)
             line = {"method": method, factor: float(str(row[factor])), "mean": cell.mean, "std": cell.std}
-            points.setdefault(others, []).append(line)
-    found = {others: pd.DataFrame(lines).astype({"std": float}) for others, lines in points.items()}
-    return {others: lines for others, lines in found.items() if lines[factor].nunique() > 1}
+            points.setdefault(key, []).append(line)
+    found = [(titles[key], pd.DataFrame(lines).astype({"std": float})) for key, lines in points.items()]
+    return [(others, lines) for others, lines in found if lines[factor].nunique() > 1]

@@ -93,11 +93,11 @@ def load(*paths: Path | str, columns: Iterable[str] | None = None, where: Where 
             left_out.append((str(path), f"the same run as {found[name][0]}"))
         else:
             found[name] = path, contents
+    if where and found:
+        found = {name: found[name] for name in narrow({n: c.spec for n, (_, c) in found.items()}, where)}
     for name in _repeated(found):
         path, _ = found.pop(name)
         left_out.append((str(path), "the same run as one that also tests the clients' own models"))
-    if where and found:
-        found = {name: found[name] for name in narrow({n: c.spec for n, (_, c) in found.items()}, where)}
     table = pd.DataFrame([_row(name, path, contents) for name, (path, contents) in found.items()])
     # Each table is made as one frame: a frame for each run would take longer than reading all records.
     rounds = [{"run": name, **row} for name, (_, contents) in found.items() for row in contents.rounds]
@@ -122,7 +122,8 @@ def scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> "pd
     Raises `UsageError` for an unknown name.
     """
     _check(metric, selection)
-    return _selected(runs, runs.evaluations, metric, selection).groupby("run")[metric].mean()
+    found = _selected(runs, runs.evaluations, metric, selection).groupby("run")[metric].mean()
+    return found if runs.runs.empty else found.reindex(sorted(runs.runs["run"]))
 
 
 def client_scores(runs: Runs, metric: str = "accuracy", selection: str = "last") -> pd.DataFrame:

@@ -22,7 +22,7 @@ def narrow(runs: Mapping[str, RunSpec], where: Where) -> list[str]:
     for name in where:
         if name not in known:
             raise unknown("setting", name, known)
-    wanted = {name: [settings.parse(RunSpec, name, value) for value in values] for name, values in where.items()}
+    wanted = {name: [_parsed(name, value) for value in values] for name, values in where.items()}
     seen = {name: {_value(spec, name) for spec in runs.values()} for name in wanted}
     for algo in wanted.get("algo", ()):
         if algo not in seen["algo"] and algo not in (methods := registry.algorithms()):
@@ -35,6 +35,11 @@ def narrow(runs: Mapping[str, RunSpec], where: Where) -> list[str]:
     return left
 
 
+def _parsed(name: str, value: Any) -> Any:
+    optional = settings.kind(RunSpec, name)[1]
+    return None if optional and value == "none" else settings.parse(RunSpec, name, value)
+
+
 def _value(spec: RunSpec, name: str) -> Any:
     found = spec.value(name)
     return found.partition("@")[0] if name == "dataset" else found
@@ -45,7 +50,7 @@ def _has(spec: RunSpec, name: str, values: Sequence[Any]) -> bool:
 
 
 def _words(values: Iterable[Any], between: str) -> str:
-    return between.join(str(value) for value in values)
+    return between.join("none" if value is None else str(value) for value in values)
 
 
 def _order(value: Any) -> tuple[bool, str, float]:

@@ -15,7 +15,7 @@ _SHORT = {
     "accuracy": "accuracy", "accuracy_mean": "mean of clients", "accuracy_worst10": "worst 10 %",
     "accuracy_std": "deviation over clients", "global_accuracy": "global model",
 }  # fmt: skip
-_MODELS = {"own": "own models", "mixed": "own models of participants, deployed ones of others"}
+_MODELS = {"own": "own models", "mixed": "participants' own, others' deployed"}
 _SECONDS = ("seconds", "evaluation_seconds")
 
 
@@ -56,8 +56,12 @@ def html(report: Report, elements: Mapping[str, str], *, title: str, date: str |
         costs=plots.COSTS,
         elements=elements,
         left_out=list(runs.left_out.itertuples(index=False, name=None)),
-        published=[(held, published.lines(held), list(held.columns())) for held in report.published],
+        published=[(held, _with_runs(held), list(held.columns())) for held in report.published],
     )
+
+
+def _with_runs(held: published.Reproduction) -> list[dict[str, Any]]:
+    return [line for line, row in zip(published.lines(held), held.rows, strict=True) if row.held]
 
 
 def short(metric: str) -> str:
@@ -88,13 +92,14 @@ def _methods(runs: Runs) -> list[dict[str, Any]]:
             f"{took_part.get(run, 0)} of {clients}" for run, clients in zip(rows["run"], rows["clients"], strict=True)
         ]
         found = sorted({*parts}, key=lambda text: int(text.split()[0]))
+        low, high = found[0].split()[0], found[-1]
         out.append(
             {
                 "method": method,
                 "hyperparameters": _assignments(rows["hyperparameters"].iloc[0]) or "none",
                 "runs": len(rows),
                 "seeds": rows["seed"].nunique(),
-                "took_part": found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}",
+                "took_part": high if len(found) == 1 else f"{low} to {high}",
             }
         )
     return out

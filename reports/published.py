@@ -16,7 +16,7 @@ from pflbench.spec import RunSpec
 from pflbench.store.schema import SEEDS
 
 from .accuracy import short
-from .frames import SELECTIONS, Runs, scores
+from .frames import Runs, scores
 from .metrics import METRICS
 
 OURS = {
@@ -105,19 +105,22 @@ def hold(runs: Runs, published: Published) -> Reproduction:
     """Return the published figures beside those of our runs of the same cells.
 
     A run belongs to a figure if it has the figure's method, hyperparameters and column. All other settings should be
-    those of the suite. If no run has them, but all runs agree in other ones, these runs are used, and a note names the
-    differences.
+    those of the suite. If no run has them, but all runs differ from them in the same way, these runs are used, and a
+    note names the differences. Raises `UsageError` for an unknown hyperparameter.
     """
-    names = [n for n in settings.fields(RunSpec) if n not in (*_FREE, *published.columns)]
+    keys = _keys(published)
+    values = {key: scores(runs, *key) for key in keys}
     cells = [(figure, _runs_of(runs.runs, figure)) for figure in published.figures]
-    protocol, notes = _protocol(published, names, {p for _, found in cells for p in _protocols(found, names)})
-    values = {key: scores(runs, *key) for key in _keys(published)}
+    ways = [[_differences(row, figure, published) for _, row in found.iterrows()] for figure, found in cells]
+    way, notes = _way({way for of_figure in ways for way in of_figure})
     rows, mixed = [], []
-    for figure, found in cells:
-        used = found.loc[[p == protocol for p in _protocols(found, names)]]
+    for (figure, found), of_figure in zip(cells, ways, strict=True):
+        used = found.loc[[one == way for one in of_figure]]
         if used["algorithm_fingerprint"].nunique() > 1:
             mixed.append(_name(figure))
-        used = used.drop_duplicates([*SEEDS], keep="last")  # the same seed of another source is no other seed
+        known = values[figure.metric, figure.selection].reindex(used["run"]).notna().to_numpy()
+        # The same seed of another source is no other seed; of two, one that has the figure is used.
+        used = used.assign(known=known).sort_values("known", kind="stable").drop_duplicates([*SEEDS], keep="last")
         rows.append(_held(figure, published.columns, [str(run) for run in used["run"]], values))
     if mixed:
         notes.append(f"Runs of {', '.join(dict.fromkeys(mixed))} have different sources; of a seed, one is used.")
@@ -136,52 +139,55 @@ def _name(figure: Figure) -> str:
 def _runs_of(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
     """Return the runs of a figure's method and column, with any other settings."""
     known = registry.describe(figure.algo).hyperparameters if figure.algo in registry.algorithms() else {}
-    wanted = {name: field.default for name, field in known.items()} | dict(figure.hyperparameters)
+    for name in figure.hyperparameters:
+        if known and name not in known:
+            raise unknown(f"hyperparameter of {figure.algo} in published", name, known)
+    defaults = {name: field.default for name, field in known.items()}
+    wanted = {**defaults, **figure.hyperparameters}
 
     def belongs(row: "pd.Series[Any]") -> bool:
         return (
             row["algo"] == figure.algo
             and all(row[name] == value for name, value in figure.where.items())
-            and {name: row["hyperparameters"].get(name, value) for name, value in wanted.items()} == wanted
+            and {**defaults, **row["hyperparameters"]} == wanted
         )
 
     return table[[belongs(row) for _, row in table.iterrows()]]
 
 
-def _protocols(table: pd.DataFrame, names: list[str]) -> list[tuple[Any, ...]]:
-    """Return the values of the settings `names` of each run."""
-    return [tuple(None if pd.isna(value) else value for value in row) for row in table[names].itertuples(index=False)]
+_Way = tuple[tuple[str, Any, Any], ...]
+"""How a run differs from the suite: name, value and the suite's value of each setting that differs."""
 
 
-def _protocol(
-    published: Published, names: list[str], found: set[tuple[Any, ...]]
-) -> tuple[tuple[Any, ...] | None, list[str]]:
-    """Return the values of the settings `names` of the runs to use, and notes on how they differ from the suite's."""
-    first = published.figures[0].where if published.figures else {}
-    spec = RunSpec.from_dict({**{n: v for n, v in published.base.items() if n != "set"}, **first}).normalised()
-    wanted = tuple(getattr(spec, name) for name in names)
-    if wanted in found or not found:
-        return wanted, []
+def _differences(row: "pd.Series[Any]", figure: Figure, published: Published) -> _Way:
+    """Return how a run of a figure's method and column differs from the suite in its other settings."""
+    spec = RunSpec.from_dict({**published.base, **figure.settings, **figure.where}).normalised()
+    out = []
+    for name in settings.fields(RunSpec):
+        is_, want = None if pd.isna(row[name]) else row[name], getattr(spec, name)
+        if name not in (*_FREE, *figure.where) and is_ != want and (name, want) != ("dataset", "auto"):
+            out.append((name, is_, want))
+    return tuple(out)
+
+
+def _way(found: set[_Way]) -> tuple[_Way | None, list[str]]:
+    """Return the differences of the runs to use, and notes on them."""
+    if () in found or not found:
+        return (), []
     if len(found) > 1:
-        varying = [n for n, *values in zip(names, *found, strict=True) if len(set(values)) > 1]
-        text = f"No run has the suite's settings, and the runs differ in {', '.join(varying)}: choose with --where."
-        return None, [text]
+        names = dict.fromkeys(name for way in found for name, *_ in way)
+        varying = [n for n in names if len({next((v for m, v, _ in way if m == n), None) for way in found}) > 1]
+        differ = ", ".join(sorted(varying))
+        return None, [f"No run has the suite's settings, and the runs differ in {differ}: choose with --where."]
     (only,) = found
-    differences = [
-        f"{name.replace('_', ' ')} is {is_} instead of {want}"
-        for name, is_, want in zip(names, only, wanted, strict=True)
-        if is_ != want
-    ]
-    return only, [f"These runs do not have the suite's settings: {'; '.join(differences)}."]
+    words = [f"{name.replace('_', ' ')} is {is_} instead of {want}" for name, is_, want in only]
+    return only, [f"These runs do not have the suite's settings: {'; '.join(words)}."]
 
 
 def _keys(published: Published) -> list[tuple[str, str]]:
-    """Return the metrics and selections of our figures. Raises `UsageError` for an unknown name."""
+    """Return the metrics and selections of our figures."""
     keys = dict.fromkeys(OURS)
     for figure in published.figures:
-        for what, name, known in (("metric", figure.metric, METRICS), ("selection", figure.selection, SELECTIONS)):
-            if name not in known:
-                raise unknown(f"{what} in published", name, known)
         keys[figure.metric, figure.selection] = None
         if (worst := f"{figure.metric}_worst10") in METRICS:
             keys[worst, figure.selection] = None
@@ -212,6 +218,9 @@ def _notes(rows: list[Held]) -> list[str]:
     out = []
     if {row.held.seeds for row in rows if row.held} == {1}:
         out.append("Ours is one seed, without a standard deviation: differences may be chance.")
+    methods = registry.algorithms()
+    if strange := dict.fromkeys(row.algo for row in rows if row.algo not in methods):
+        out.append(f"pflbench has no method {', '.join(strange)}.")
     if missing := sum(row.held is None for row in rows):
         out.append(f"{missing} of {len(rows)} published figures have no run of ours.")
     return [*out, *(text for row in rows if (text := row.sentence()))]
@@ -225,10 +234,14 @@ def lines(found: Reproduction) -> list[dict[str, Any]]:
             "method": row.method, "setting": row.column, "published": f"{100 * row.published:.2f}",
             **{OURS[key]: row.ours[key].text() if key in row.ours else None for key in shown},
             "held against": name_of(row.against),
-            "difference": None if row.difference is None else f"{100 * row.difference:+.2f}",
+            "difference": None if row.difference is None else _signed(100 * row.difference),
         }
         for row in found.rows
     ]  # fmt: skip
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.2f}" if abs(points) >= 0.005 else "0.00"
 
 
 def name_of(key: tuple[str, str]) -> str:
@@ -252,7 +265,7 @@ def csv_text(found: Reproduction) -> str:
     rows = []
     for row in found.rows:
         line: dict[str, Any] = {"source": found.source, "method": row.method, "algo": row.algo, "setting": row.column,
-                                "published": row.published}  # fmt: skip
+                                "published": round(row.published, 6)}  # fmt: skip
         for key, name in OURS.items():
             own = row.ours.get(key)
             line |= {name: own and own.mean, f"{name}, std": own and own.std}

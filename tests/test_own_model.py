@@ -176,3 +176,9 @@ def test_every_method_says_which_of_them_its_paper_reports():
     for algo in METHODS:
         if facts.path(algo).exists():
             assert "\nReported: " in registry.describe(algo).text
+
+
+def test_a_network_without_parameters_to_train_is_its_own_model():
+    net = pflbench.Net(torch.nn.Flatten(), torch.nn.Linear(3, 3)).double()
+    record = toy.run("fedbabu", tested="both", net=net)
+    assert oracle.same(record.client_states[0][OWN], toy.initial(net))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pflbench import UsageError
+from pflbench import UsageError, published, reports
+from pflbench.published import Published
+from pflbench.reports import metrics
 from pflbench.sweep.suite import Suite
 
 TOML = """
@@ -63,9 +65,9 @@ def test_a_row_has_a_figure_for_each_combination_and_the_last_column_varies_fast
 
 def test_a_row_says_what_it_is_held_against_and_its_defaults_are_the_last_accuracy():
     first, *_, last = read().figures
-    assert (first.algo, first.name, first.hyperparameters) == ("fedavg", "FedAvg-P", {})
+    assert (first.algo, first.name, first.hyperparameters) == ("fedavg", "FedAvg-P", {"mu": 1})
     assert (first.metric, first.selection, first.why) == ("own_accuracy", "best-test", "It is.")
-    assert (last.algo, last.name, last.hyperparameters) == ("fedcp", None, {"align_lr": 0.1})
+    assert (last.algo, last.name, last.hyperparameters) == ("fedcp", None, {"mu": 1, "align_lr": 0.1})
     assert (last.metric, last.selection, last.why) == ("accuracy", "last", None)
 
 
@@ -118,3 +120,28 @@ def test_what_no_table_of_a_paper_can_be_is_one_clear_line(change, message):
         read(change)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_metrics_and_selections_are_those_of_a_report():
+    assert set(published.METRICS) == set(metrics.METRICS)
+    assert set(published.SELECTIONS) == set(reports.SELECTIONS)
+
+
+def test_the_columns_values_are_checked_and_not_the_defaults():
+    """0.1, the default join ratio, would leave none of 5 clients."""
+    values = {"source": "s", "columns": {"join_ratio": [0.4]}, "row": [{"algo": "fedavg", "percent": [50]}]}
+    found = Published.from_toml(values, {"clients": 5}, Path("suite.toml"), algorithm={"fedavg": {"lr": 0.1}})
+    assert found.base == {"clients": 5}
+    assert found.figures[0].settings == {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"), [("metric", "own_acuracy", "own_accuracy"), ("selection", "best", "")]
+)
+def test_an_unknown_metric_or_selection_is_refused_when_the_suite_is_read(key, value, hint):
+    row = {"algo": "fedavg", "percent": [50], key: value}
+    values = {"source": "s", "columns": {"alpha": [0.4]}, "row": [row]}
+    with pytest.raises(
+        UsageError, match=rf"unknown {key} in suite.toml: published, row 1 \(fedavg\) '{value}'.*{hint}"
+    ):
+        Published.from_toml(values, {}, Path("suite.toml"))

@@ -4,6 +4,7 @@ import click
 
 from pflbench.cli import options
 from pflbench.cli.report import load
+from pflbench.files import check_out
 
 
 @click.command("export")
@@ -19,5 +20,6 @@ def command(runs: tuple[str, ...], where: tuple[str, ...], methods: tuple[str, .
     from pflbench.reports import frames
 
     folder = options.folder("out", out)
+    check_out(folder)
     for path in frames.export(load(runs, where, methods), folder, kind):
         click.echo(path)

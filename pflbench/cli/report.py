@@ -7,6 +7,7 @@ import click
 
 from pflbench.cli import options
 from pflbench.errors import UsageError
+from pflbench.files import check_out
 
 if TYPE_CHECKING:
     from pflbench.published import Published
@@ -53,14 +54,19 @@ def command(
     from pflbench.reports import report as reporting
 
     folder = options.folder("out", out)
-    found = load(runs, where, methods, None if columns is None else columns.split(","))
+    check_out(folder)
+    found = load(runs, where, methods, None if columns is None else [name.strip() for name in columns.split(",")])
     limit = None if target is None else options.fraction("target", target)
-    made = reporting.make(found, metric, selection, limit, [figures(name) for name in published])
+    made = reporting.make(found, metric, selection, limit, [figures(name) for name in dict.fromkeys(published)])
     files = reporting.write(made, folder, workers=cores(), title=title, date=dt.date.today().isoformat())
     shown = console()
     for table in made.tables:
         shown.print(render.terminal(table))
         for note in table.notes:
+            shown.print(note, highlight=False, style="dim")
+    for held in made.published:
+        shown.print(f"Published: {held.source}.", highlight=False)
+        for note in held.notes:
             shown.print(note, highlight=False, style="dim")
     shown.print(f"{len(found.runs)} runs; " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
 

@@ -116,6 +116,7 @@ class Client:
         for t in net.extra.values():
             t.requires_grad_()
         if not chosen and not net.extra:
+            self._note_trained(start)
             return start if extra is None else (start, extra)
         leaves = [*chosen.values(), *net.extra.values()]
         parameters = [p.detach() for p in leaves]

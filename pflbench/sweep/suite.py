@@ -58,14 +58,17 @@ class Suite:
                 shape = f"tables, [[{name}]]" if _TABLES[name] is list else f"a table, [{name}]"
                 raise UsageError(f"{where}: {name} must be {shape}")
         base = table(values.get("base", {}))
+        algorithm = {name: table(settings) for name, settings in values.get("algorithm", {}).items()}
         published = values.get("published")
         return cls(
             base=base,
             grid=table(values.get("grid", {})),
-            algorithm={name: table(settings) for name, settings in values.get("algorithm", {}).items()},
+            algorithm=algorithm,
             include=[table(entry) for entry in values.get("include", [])],
             exclude=[table(entry) for entry in values.get("exclude", [])],
-            published=None if published is None else Published.from_toml(table(published), base, where),
+            published=None
+            if published is None
+            else Published.from_toml(table(published), base, where, algorithm=algorithm),
         )
 
     def specs(self) -> list[RunSpec]:
@@ -95,7 +98,7 @@ class Suite:
         """
         whole = self.specs()
         wanted = {name: [parse(RunSpec, name, value) for value in values] for name, values in options.items()}
-        fixed = [name for name in wanted if name in self.grid or len({getattr(spec, name) for spec in whole}) > 1]
+        fixed = [name for name in wanted if name in self.grid or len({spec.value(name) for spec in whole}) > 1]
         replaced = {name: values for name, values in wanted.items() if name not in fixed}
         added = [dict(zip(replaced, values, strict=True)) for values in itertools.product(*replaced.values())]
         found = dataclasses.replace(

@@ -168,10 +168,10 @@ def test_who_leads_is_said_in_words_with_the_gap_and_whether_it_is_significant(w
     means = {labels[1]: [table.cells.get((m, s)) for m in table.rows] for s, labels in table.columns.items()}
     first, second = (100 * cell.mean for cell in means["α=0.1"])
     assert made.leaders[0] == (
-        f"cifar10, α=0.1: FedAS leads with {first:.2f} %, {first - second:.2f} points before FedPer (significant)."
+        f"cifar10, α=0.1: FedAS leads with {first:.2f} %, {first - second:.2f} points ahead of FedPer (significant)."
     )
     assert made.leaders[1] == "cifar10, α=0.5: only FedAS has runs."
-    assert made.leaders[2].endswith("%, 0.00 points before FedPer (a tie, one seed).")
+    assert made.leaders[2].endswith("%, 0.00 points ahead of FedPer (a tie, one seed).")
     std = report.make(load(tmp_path), "accuracy_std")
     assert "has the lowest value," in std.leaders[0]
     assert std.leaders[0].endswith("(not tested).")

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pflbench import UsageError
-from pflbench.reports import load, render
+from pflbench.reports import drawing, load, render
 from pflbench.reports import report as reporting
 from pflbench.reports.accuracy import Comparisons, accuracy_tables
 
@@ -111,3 +111,35 @@ def test_a_record_with_own_models_replaces_one_without(write, tmp_path):
     assert sorted(zip(runs.runs["seed"], runs.runs["tested"], strict=True)) == [(0, "both"), (1, "deployed")]
     assert runs.runs["setting"].nunique() == 1
     assert list(runs.left_out["reason"]) == ["the same run as one that also tests the clients' own models"]
+
+
+def test_a_metric_that_one_protocol_lacks_is_missing_there(write, tmp_path):
+    write(tmp_path / "runs", tested="both")
+    write(tmp_path / "runs", "local", lr=0.1)  # no global model, no own models
+    runs = load(tmp_path / "runs")
+    for metric in ("accuracy", "own_accuracy", "mixed_accuracy", "global_accuracy"):
+        for selection in ("last", "last5", "best-test"):
+            made = reporting.make(runs, metric, selection)
+            assert len(made.tables) == 2
+            assert all(cell.mean >= 0 for table in made.tables for cell in table.cells.values())
+    reporting.write(reporting.make(runs, "own_accuracy", "best-test"), tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_lines_against_a_factor_are_of_settings_that_differ_in_nothing_else(write, tmp_path):
+    for ratio in (0.2, 0.4):
+        for least in (10, 40):
+            write(tmp_path, join_ratio=ratio, min_samples=least, level=0.3 if least == 10 else 0.7)
+    made = reporting.make(load(tmp_path))
+    lines = [job.arguments[0] for job in drawing.jobs(made) if job.name.startswith("join_ratio-")]
+    assert [points["join_ratio"].tolist() for points in lines] == [[0.2, 0.4], [0.2, 0.4]]
+    (table,) = made.tables
+    assert {label[2] for label in table.columns.values()} == {"P=0.2", "P=0.4"}
+    assert {label[1] for label in table.columns.values()} == {"α=0.1, min_samples 10", "α=0.1, min_samples 40"}
+
+
+def test_records_without_own_models_can_be_chosen_where_both_are(write, tmp_path):
+    write(tmp_path, tested="both")
+    write(tmp_path, tested="deployed")
+    assert list(load(tmp_path, where={"tested": ["deployed"]}).runs["tested"]) == ["deployed"]
+    assert len(load(tmp_path, where={"norm": ["none"]}).runs) == 1

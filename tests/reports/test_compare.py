@@ -36,3 +36,11 @@ def test_a_damaged_record_is_not_compared(old):
     (other / "rounds.jsonl").write_text("")
     with pytest.raises(UsageError, match="is not one finished run: not a readable record"):
         compare(one, other)
+
+
+def test_records_with_and_without_own_models_are_compared_at_every_selection(write, tmp_path):
+    a, b = write(tmp_path / "a", tested="both"), write(tmp_path / "b", seed=1)
+    for selection in ("last", "last5", "best-test"):
+        found = compare(a, b, selection).metrics["own_accuracy"]
+        assert found[0] > 0
+        assert found[1] != found[1]  # NaN

@@ -95,12 +95,6 @@ def test_runs_of_another_setting_than_the_suites_are_used_only_if_they_agree_and
     assert "dataset" not in " ".join(found.notes)
 
 
-def test_an_unknown_metric_is_refused_with_a_suggestion(write, tmp_path):
-    write(tmp_path)
-    with pytest.raises(UsageError, match=r"metric in published.*own_accuracy"):
-        hold(load(tmp_path), published({"algo": "fedavg", "percent": [1, 2], "metric": "own_acuracy"}))
-
-
 def test_the_csv_has_fractions_and_the_runs(write, tmp_path):
     folder = write(tmp_path, tested="both")
     first, second = csv.DictReader(csv_text(hold(load(tmp_path), published())).splitlines())
@@ -151,3 +145,73 @@ def test_a_seed_counts_once_even_if_two_sources_have_it(write, tmp_path):
     found = hold(load(tmp_path / "a", tmp_path / "b"), published())
     assert found.rows[0].held.seeds == 2
     assert "Runs of FedAvg-P have different sources" in found.notes[0]
+
+
+def test_a_hyperparameter_that_a_record_lacks_has_its_default(write, tmp_path):
+    write(tmp_path, "fedas", hyper={})
+    rows = ({"algo": "fedas", "set": {"alignment": "off"}, "percent": [30]}, {"algo": "fedas", "percent": [60]})
+    off, both = hold(load(tmp_path), published(*rows, columns={"alpha": [0.1]})).rows
+    assert off.held is None
+    assert both.held is not None
+
+
+def test_a_misspelt_hyperparameter_is_refused(write, tmp_path):
+    write(tmp_path, "fedas")
+    with pytest.raises(UsageError, match="unknown hyperparameter of fedas in published 'alignement'"):
+        hold(load(tmp_path), published({"algo": "fedas", "set": {"alignement": "off"}, "percent": [1, 2]}))
+
+
+@pytest.mark.parametrize("first", ["both", "deployed"])
+def test_of_two_records_of_a_seed_the_one_with_the_figure_is_used(write, tmp_path, first):
+    def other(run):
+        run["fingerprints"]["algorithm"] = "f" * 64
+
+    second = "deployed" if first == "both" else "both"
+    write(tmp_path / "a", tested=first)
+    write(tmp_path / "b", tested=second, edit=other, eval_every=5)
+    assert hold(load(tmp_path / "a", tmp_path / "b"), published()).rows[0].held is not None
+
+
+def test_the_settings_of_a_method_in_the_suite_are_those_of_its_figures(write, tmp_path):
+    write(tmp_path, "fedprox", lr=0.1, hyper={"mu": 0.25})
+    write(tmp_path, "fedavg", hyper={})
+    values = {
+        "source": "s", "columns": {"alpha": [0.1]},
+        "row": [{"algo": "fedprox", "percent": [1]}, {"algo": "fedavg", "percent": [2]}],
+    }  # fmt: skip
+    algorithm = {"fedprox": {"lr": 0.1, "set": {"mu": 0.25}}}
+    found = hold(load(tmp_path), Published.from_toml(values, BASE, Path("suite.toml"), algorithm=algorithm))
+    assert [row.held is not None for row in found.rows] == [True, True]
+    assert "settings" not in " ".join(found.notes)
+
+
+def test_settings_that_follow_from_a_column_are_those_of_the_column(write, tmp_path):
+    write(tmp_path, partition="iid", alpha=None)
+    write(tmp_path, partition="dirichlet", alpha=0.1)
+    columns = {"partition": ["dirichlet", "iid"]}
+    found = hold(load(tmp_path), published({"algo": "fedavg", "percent": [1, 2]}, columns=columns))
+    assert [row.held is not None for row in found.rows] == [True, True]
+
+
+def test_a_suite_without_rows_is_refused():
+    with pytest.raises(UsageError, match="row is empty"):
+        Published.from_toml({"source": "s", "columns": {"alpha": [0.1]}, "row": []}, BASE, Path("suite.toml"))
+
+
+def test_the_page_links_our_figures_and_folds_the_cells_without_runs(write, tmp_path):
+    run = write(tmp_path / "runs", tested="both").name
+    reporting.write(reporting.make(load(tmp_path / "runs"), published=[published()]), tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    section = page[page.index('<section id="published-0">') : page.index('<section id="setting-0">')]
+    assert section.count(f'data-runs="{run}"') == 6  # five figures and the difference
+    folded = section[section.index("<details>") :]
+    assert "1 published figures without a run of ours" in folded
+    assert '<td>α=0.5</td><td>40.00</td><td class="missing">missing</td>' in folded
+
+
+def test_a_difference_of_nothing_has_no_sign(write, tmp_path):
+    write(tmp_path)
+    runs = load(tmp_path)
+    percent = 100 * float(scores(runs, "accuracy").iloc[0])
+    row = {"algo": "fedavg", "percent": [percent - 1e-7]}
+    assert lines(hold(runs, published(row, columns={"alpha": [0.1]})))[0]["difference"] == "0.00"

@@ -128,7 +128,7 @@ def test_costs_to_a_target_are_means_over_the_seeds_that_reach_it(write, tmp_pat
     ((wanted, why, found),) = report.make(load(tmp_path)).targets.values()
     last = scores(load(tmp_path)).max()
     assert wanted == pytest.approx(0.9 * last, rel=0.02)
-    assert "90 % of the best method's accuracy" in why
+    assert "90 % of the best deployed accuracy" in why
     rows = found.set_index("method")
     assert rows.loc["FedAS", list(stats.TO_TARGET)].tolist() == [5, 5 * 3000 / 1e6, 2.5, 1.25]
     assert rows.loc["FedAvg", list(stats.TO_TARGET)].isna().all()
