@@ -300,6 +300,8 @@ def duels(table: AccuracyTable, tests: Comparisons) -> Duels | str:
             if better is not None and worse is not None:
                 place = 0 if better < stats.LEVEL / 2 else 2 if worse < stats.LEVEL / 2 else 1
                 counts.setdefault((a, b), [0, 0, 0])[place] += 1
+    if not counts and untested:
+        return f"In all settings fewer than {stats.FEWEST_PAIRS} pairs of any two methods differ, too few for a test."
     if not counts:
         return "No two methods have runs of the same seeds in one setting, so no runs can be compared in pairs."
     return Duels(table.rows, {pair: (w, t, lost) for pair, (w, t, lost) in counts.items()}, untested)

@@ -34,6 +34,7 @@ def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
         if worst is not None:
             axes.plot(100 * worst.mean, y, marker="|", markersize=9, color=look.color, zorder=2)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("accuracy, %")
     axes.grid(axis="x", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -175,3 +175,10 @@ def test_who_leads_is_said_in_words_with_the_gap_and_whether_it_is_significant(w
     std = report.make(load(tmp_path), "accuracy_std")
     assert "has the lowest value," in std.leaders[0]
     assert std.leaders[0].endswith("(not tested).")
+
+
+def test_methods_with_too_few_clients_for_a_test_are_said_to_have_too_few(write, tmp_path):
+    for algo, level in (("fedas", 0.8), ("fedper", 0.5)):
+        write(tmp_path, algo, level=level, clients=4)
+    (why,) = report.make(load(tmp_path)).duels.values()
+    assert why == "In all settings fewer than 6 pairs of any two methods differ, too few for a test."
