@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from pflbench.cli.sweep import read_suite
-from pflbench.reports import load
+from pflbench.reports import load, scores
 from pflbench.reports.frames import Runs
 from pflbench.reports.published import hold, lines
 
@@ -35,11 +35,25 @@ def table(runs: Runs, suite: str) -> str:
     return f"**{found.source}.** Percent.\n\n{text}\n\n{notes}"
 
 
+def ours(runs: Runs) -> str:
+    """Return every run's figures as Markdown: all methods, also those that the paper does not have."""
+    names = ["accuracy", "accuracy_worst10", "own_accuracy", "own_accuracy_worst10", "mixed_accuracy"]
+    values = [scores(runs, name) for name in names]
+    lines = [["method", "dataset", "alpha", "P", "seed", "deployed", "worst 10 %", "own", "worst 10 %", "mixed"]]
+    lines.append(["---", "---", *("---:" for _ in lines[0][2:])])
+    for _, row in runs.runs.sort_values(["dataset", "alpha", "join_ratio", "method", "seed"]).iterrows():
+        cells = [row["method"], row["dataset"], f"{row['alpha']:g}", f"{row['join_ratio']:g}", str(row["seed"])]
+        lines.append([*cells, *(f"{100 * value[row['run']]:.2f}" for value in values)])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**All our runs.** Percent, after the last round.\n\n{text}\n"
+
+
 def page(text: str) -> str:
     """Return the page with current tables."""
     with tempfile.TemporaryDirectory() as folder:
         place = records(Path(folder))
         made = "\n".join(table(load(place, where={"dataset": [data]}), suite) for suite, data in SUITES.items())
+        made += "\n" + ours(load(place))
     return _PLACE.sub(lambda found: f"{found[1]}{made}{found[2]}", text)
 
 
