@@ -5,7 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -51,6 +51,20 @@ class Cell:
     interval: tuple[float, float] | None
     runs: tuple[str, ...]
     mark: str = ""
+
+    @classmethod
+    def of(cls, values: "pd.Series[float]") -> Self | None:
+        """Return the cell of runs with these values, by their ids; None if no value is known."""
+        found = values.dropna()
+        if found.empty:
+            return None
+        std = float(found.std(ddof=1)) if len(found) > 1 else None
+        return cls(float(found.mean()), std, stats.interval(found), tuple(map(str, found.index)))
+
+    @property
+    def seeds(self) -> int:
+        """How many runs there are."""
+        return len(self.runs)
 
     def text(self) -> str:
         """Return mean and standard deviation in percent."""
@@ -129,12 +143,8 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
         columns = labels(runs, settings[settings["protocol"] == protocol])
         cells: dict[tuple[str, int], Cell] = {}
         for (method, setting), of_cell in group.groupby(["method", "setting"]):
-            found = of_cell["score"].dropna()
-            if len(found):
-                std = float(found.std(ddof=1)) if len(found) > 1 else None
-                cells[str(method), int(str(setting))] = Cell(
-                    float(found.mean()), std, stats.interval(found), tuple(map(str, found.index))
-                )
+            if cell := Cell.of(of_cell["score"]):
+                cells[str(method), int(str(setting))] = cell
         rows = in_order(group["method"].unique())
         algos = dict(zip(group["method"], group["algo"], strict=True))
         notes = [*_mark(cells, columns, metric, tests), *_seeds(cells), *_sources(runs, algos)]
@@ -189,7 +199,7 @@ def _mark(cells: dict[tuple[str, int], Cell], columns: Mapping[int, Any], metric
 
 
 def _seeds(cells: Mapping[tuple[str, int], Cell]) -> list[str]:
-    counts = sorted({len(cell.runs) for cell in cells.values()})
+    counts = sorted({cell.seeds for cell in cells.values()})
     if not counts:  # no run of the protocol has the metric
         return []
     if counts == [1]:
@@ -249,7 +259,7 @@ def _label(row: "pd.Series[Any]", column: str) -> str:
 def short(name: str, value: Any) -> str:
     """Return a setting with its value as a table's head has it, for example "P=0.2"."""
     words = {"dataset": "", "alpha": "α=", "join_ratio": "P=", "local_epochs": "E="}
-    return f"{words.get(name, name.replace('_', ' ') + ' ')}{_plain(value)}"
+    return f"{words.get(name, name.replace('_', ' ') + ' ')}{plain(value)}"
 
 
 def describe(row: "pd.Series[Any]", columns: Sequence[str]) -> str:
@@ -260,14 +270,15 @@ def describe(row: "pd.Series[Any]", columns: Sequence[str]) -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(RunSpec)}
     names = [n for n in row.index if n in defaults and n not in (*covered(columns), "algo")]
     shown = [n for n in names if not pd.isna(row[n]) and (n in _ALWAYS or row[n] != defaults[n])]
-    return ", ".join(f"{name.replace('_', ' ')} {_plain(row[name])}" for name in sorted(shown, key=_order))
+    return ", ".join(f"{name.replace('_', ' ')} {plain(row[name])}" for name in sorted(shown, key=_order))
 
 
 def _order(name: str) -> int:
     return _ALWAYS.index(name) if name in _ALWAYS else len(_ALWAYS)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Return the value of a setting as text."""
     if pd.isna(value):
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -326,7 +337,7 @@ def leaders(table: AccuracyTable, tests: Comparisons) -> list[str]:
             how = "not tested"
         else:
             how = "not significant" if cells[second].mark == "close" else "significant"
-        alone = ", one seed" if len(cells[first].runs) == 1 else ""
+        alone = ", one seed" if cells[first].seeds == 1 else ""
         value = f"{100 * means[first]:.2f} %"
         out.append(f"{', '.join(labels)}: {first} {word} {value}, {gap:.2f} points ahead of {second} ({how}{alone}).")
     return out

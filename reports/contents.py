@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from pflbench.core import registry
 from pflbench.errors import UsageError
 from pflbench.published import Published
 
@@ -22,14 +23,15 @@ _SHARE = 0.9
 class Report:
     """The contents of a report.
 
-    `tables` are those of the `metric`; `every` has those of each metric that any run has, and
-    `leaders` says in words who leads. `ranks` and `duels` are by
-    protocol: nothing is averaged over protocols.
+    `look` is how each method is drawn. `tables` are those of the `metric`; `every` has those of each metric that any
+    run has, and `leaders` says in words who leads. `ranks` and `duels` are by protocol: nothing is averaged over
+    protocols.
     """
 
     runs: Runs
     metric: str
     selection: str
+    look: Mapping[str, plots.Style]
     tables: list[AccuracyTable]
     every: Mapping[str, list[AccuracyTable]]
     leaders: list[str]
@@ -74,7 +76,15 @@ def make(
     wins = {table.protocol: duels(table, tests) for table in found}
     leading = [line for table in found for line in leaders(table, tests)]
     held = [hold(runs, one) for one in published]
-    return Report(runs, metric, selection, found, every, leading, ranks, wins, held, _targets(runs, target))
+    targets = _targets(runs, target)
+    return Report(runs, metric, selection, _look(runs), found, every, leading, ranks, wins, held, targets)
+
+
+def _look(runs: Runs) -> dict[str, plots.Style]:
+    """Return the style of each method in all plots."""
+    algos = dict(zip(runs.runs["method"], runs.runs["algo"], strict=True))
+    family = {algo: registry.family(algo) for algo in {*algos.values()}}
+    return plots.styles({method: family[algos[method]] for method in in_order(algos)})
 
 
 def _ranks(table: AccuracyTable) -> stats.Ranks | str:

@@ -1,26 +1,25 @@
 """A dot plot of published figures and ours: methods, one panel for each setting."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .plots import COLUMN, Style
+from .plots import COLUMN, Style, blank, clean
 from .published import Held
-from .svg import LINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
+def figure(rows: list[Held], style: Mapping[str, Style], title: str) -> "Figure":
     """Draw the methods of one setting, the highest published figure at the top.
 
     A hollow mark is the published figure, a filled one is ours with its standard deviation over seeds, and a bar across
     the line is the mean of our worst 10 % of the clients. `style` has the look of each method by its name in `rows`.
     """
-    from matplotlib.figure import Figure as New
     from matplotlib.lines import Line2D
 
     rows = sorted(rows, key=lambda row: row.published)
-    out = New(figsize=(COLUMN, 1.1 + 0.27 * len(rows)), layout="constrained")
+    out = blank(COLUMN, 1.1 + 0.27 * len(rows))
     axes = out.subplots()
     for y, row in enumerate(rows):
         look = style[row.method]
@@ -36,9 +35,7 @@ def figure(rows: list[Held], style: dict[str, Style], title: str) -> "Figure":
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("accuracy, %")
-    axes.grid(axis="x", color=LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes, "x")
     marks = (("o", "none", "published"), ("o", "black", "ours"), ("|", "black", "our worst 10 %"))
     handles = [
         Line2D([], [], linestyle="", marker=mark, color="black", markerfacecolor=fill, label=label)

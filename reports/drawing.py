@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from pflbench.core import registry
-
 from . import dots, partition_plot, plots, stats, svg
 from .accuracy import PER_CLIENT, AccuracyTable
 from .contents import Report
@@ -38,13 +36,6 @@ class Job:
     panels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def look(runs: Runs) -> dict[str, plots.Style]:
-    """Return the style of each method in all plots."""
-    algos = dict(zip(runs.runs["method"], runs.runs["algo"], strict=True))
-    family = {algo: registry.family(algo) for algo in {*algos.values()}}
-    return plots.styles({method: family[algos[method]] for method in in_order(algos)})
-
-
 def draw_all(report: Report, folder: Path, *, workers: int) -> dict[str, str]:
     """Write all plots of `report` to `folder`, as PNG and PDF; return their elements of the page by name."""
     todo = jobs(report)
@@ -66,7 +57,7 @@ def _draw(job: Job, folder: Path) -> dict[str, str]:
 def jobs(report: Report) -> list[Job]:
     """Return the plots of `report`."""
     runs = report.runs
-    style = look(runs)
+    style = report.look
     curves = plots.curves(runs)
     of_clients = client_scores(runs, PER_CLIENT.get(report.metric, tested(report.metric)), report.selection)
     of_clients = of_clients.reindex(runs.runs["run"])
@@ -110,7 +101,7 @@ def jobs(report: Report) -> list[Job]:
     return out
 
 
-def _look(row: Held, runs: Runs, style: dict[str, plots.Style]) -> plots.Style:
+def _look(row: Held, runs: Runs, style: Mapping[str, plots.Style]) -> plots.Style:
     """Return the look of a method of a published table: that of its runs, grey without runs."""
     methods = runs.runs.loc[runs.runs["run"].isin(row.runs), "method"]
     return style[methods.iloc[0]] if len(methods) else plots.Style("#868e96")

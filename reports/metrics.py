@@ -27,7 +27,7 @@ def with_mixed(
     rounds: pd.DataFrame, evaluations: pd.DataFrame, clients: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return `evaluations` and `clients` with the metrics of `MIXED`, NaN where the own models were not tested."""
-    if evaluations.empty:
+    if clients["own_accuracy"].isna().all():
         return evaluations.assign(**dict.fromkeys(MIXED, math.nan)), clients.assign(mixed_accuracy=math.nan)
     took_part = rounds[["run", "round", "participants"]].explode("participants")
     pairs = pd.MultiIndex.from_frame(took_part)

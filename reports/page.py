@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from . import drawing, plots, published
+from . import plots, published
+from .accuracy import plain
 from .contents import Report
 from .frames import Runs, in_order, scores
 from .render import heading
@@ -48,7 +49,7 @@ def html(report: Report, elements: Mapping[str, str], *, title: str, date: str |
         heading=heading,
         runs=[_run(row, labels, float(values[row["run"]])) for _, row in runs.runs.iterrows()],
         methods=_methods(runs),
-        look=drawing.look(runs),
+        look=report.look,
         settings=settings,
         ranks=report.ranks,
         duels=report.duels,
@@ -56,12 +57,14 @@ def html(report: Report, elements: Mapping[str, str], *, title: str, date: str |
         costs=plots.COSTS,
         elements=elements,
         left_out=list(runs.left_out.itertuples(index=False, name=None)),
-        published=[(held, _with_runs(held), list(held.columns())) for held in report.published],
+        published=[(held, _linked(held), list(held.columns())) for held in report.published],
     )
 
 
-def _with_runs(held: published.Reproduction) -> list[dict[str, Any]]:
-    return [line for line, row in zip(published.lines(held), held.rows, strict=True) if row.held]
+def _linked(held: published.Reproduction) -> list[tuple[published.Held, dict[str, str | None]]]:
+    """Return the figures that have runs of ours, each with its line of the table."""
+    rows = [row for row in held.rows if row.held]
+    return list(zip(rows, published.lines(rows), strict=True))
 
 
 def short(metric: str) -> str:
@@ -110,9 +113,7 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else plain(value)
 
 
 def _run(row: "pd.Series[Any]", labels: Mapping[int, str], score: float) -> dict[str, Any]:

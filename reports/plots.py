@@ -94,7 +94,7 @@ COSTS = ("round", "megabytes", "elapsed")
 
 def learning(
     data: pd.DataFrame,
-    style: dict[str, Style],
+    style: Mapping[str, Style],
     title: str,
     time: str = "seconds of training",
     costs: Sequence[str] = COSTS,
@@ -133,14 +133,14 @@ def learning(
         axes.set_xlabel(labels[column])
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=column == "round"))
-        _clean(axes)
+        clean(axes)
     panels[0].set_ylabel("accuracy, %")
     if not alone:
         _legend(figure, panels[0], title, outside=False)
     return figure
 
 
-def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, pd.DataFrame]]:
+def _groups(data: pd.DataFrame, style: Mapping[str, Style]) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield each method in `data` with its rows, in the order of `style`."""
     groups = {str(method): rows for method, rows in data.groupby("method")}
     for method in style:
@@ -148,9 +148,9 @@ def _groups(data: pd.DataFrame, style: dict[str, Style]) -> Iterator[tuple[str, 
             yield method, groups[method]
 
 
-def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style], title: str) -> "Figure":
+def clients(values: dict[str, npt.NDArray[np.float64]], style: Mapping[str, Style], title: str) -> "Figure":
     """Draw the distribution of the clients' accuracies (fractions, of all seeds) of each method in one setting."""
-    figure = _figure(COLUMN, 1.0 + 0.26 * len(values))
+    figure = blank(COLUMN, 1.0 + 0.26 * len(values))
     axes = figure.subplots()
     names = list(reversed(values))
     boxes = axes.boxplot(
@@ -162,19 +162,19 @@ def clients(values: dict[str, npt.NDArray[np.float64]], style: dict[str, Style],
         box.set(facecolor=style[name].color, alpha=0.55, hatch=style[name].hatch)
     axes.set_yticks(range(1, len(names) + 1), names)
     axes.set_xlabel("accuracy of a client, %")
-    _clean(axes)
+    clean(axes)
     axes.set_title(title, fontsize=10, loc="left")
     return figure
 
 
 def against(
-    points: pd.DataFrame, style: dict[str, Style], title: str, factor: str = "alpha", *, alone: bool = False
+    points: pd.DataFrame, style: Mapping[str, Style], title: str, factor: str = "alpha", *, alone: bool = False
 ) -> "Figure":
     """Draw accuracy against `factor`, "alpha" or "join_ratio". `points` has method, factor, mean and std, fractions.
 
     With `alone` there is no legend: the page has it.
     """
-    figure = _figure(COLUMN if alone else 6.2, 2.7 if alone else 3.6)
+    figure = blank(COLUMN if alone else 6.2, 2.7 if alone else 3.6)
     axes = figure.subplots()
     for method, rows in _groups(points.sort_values(factor), style):
         look = style[method]
@@ -190,7 +190,7 @@ def against(
     axes.minorticks_off()
     axes.set_xlabel(FACTORS[factor][1])
     axes.set_ylabel("accuracy, %")
-    _clean(axes)
+    clean(axes)
     if alone:
         axes.set_title(title, fontsize=10, loc="left")
     else:
@@ -204,7 +204,7 @@ def critical_difference(found: "Ranks", groups: Sequence[tuple[str, str]], title
     k = len(names)
     half = (k + 1) // 2
     height = 1.0 + 0.28 * half + 0.16 * len(groups)
-    figure = _figure(6.4, height)
+    figure = blank(6.4, height)
     axes = figure.subplots()
     axes.set_xlim(0.2, k + 0.8)
     floor = -(0.16 * len(groups) + 0.28 * half + 0.3)
@@ -243,14 +243,16 @@ def save(figure: "Figure", folder: Path, name: str) -> None:
         figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
 
 
-def _figure(width: float, height: float) -> "Figure":
+def blank(width: float, height: float) -> "Figure":
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _clean(axes: "Axes") -> None:
-    axes.grid(color=LINE, linewidth=0.6)
+def clean(axes: "Axes", lines: Literal["both", "x"] = "both") -> None:
+    """Draw a faint grid below the data, with `lines` of both axes or of one, and no frame."""
+    axes.grid(axis=lines, color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

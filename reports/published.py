@@ -1,8 +1,6 @@
 """Published figures beside ours, cell by cell."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +11,11 @@ from pflbench.core import registry
 from pflbench.errors import unknown
 from pflbench.published import Figure, Published
 from pflbench.spec import RunSpec
+from pflbench.store import schema
 from pflbench.store.schema import SEEDS
 
-from .accuracy import short
+from . import render
+from .accuracy import Cell, short
 from .frames import Runs, scores
 from .metrics import METRICS
 
@@ -35,19 +35,6 @@ MANY = 2.0
 
 
 @dataclass(frozen=True)
-class Ours:
-    """One of our figures: its mean over seeds, a fraction, and the standard deviation (None for one seed)."""
-
-    mean: float
-    std: float | None
-    seeds: int
-
-    def text(self) -> str:
-        """Return mean and standard deviation in percent."""
-        return f"{100 * self.mean:.2f}" + ("" if self.std is None else f" ± {100 * self.std:.2f}")
-
-
-@dataclass(frozen=True)
 class Held:
     """A published figure and ours.
 
@@ -60,11 +47,11 @@ class Held:
     column: str
     published: float
     against: tuple[str, str]
-    ours: Mapping[tuple[str, str], Ours]
+    ours: Mapping[tuple[str, str], Cell]
     runs: tuple[str, ...]
 
     @property
-    def held(self) -> Ours | None:
+    def held(self) -> Cell | None:
         """Our figure that is compared with the published one; None without runs."""
         return self.ours.get(self.against)
 
@@ -108,37 +95,35 @@ def hold(runs: Runs, published: Published) -> Reproduction:
     those of the suite. If no run has them, but all runs differ from them in the same way, these runs are used, and a
     note names the differences. Raises `UsageError` for an unknown hyperparameter.
     """
-    keys = _keys(published)
-    values = {key: scores(runs, *key) for key in keys}
-    cells = [(figure, _runs_of(runs.runs, figure)) for figure in published.figures]
+    values = {key: scores(runs, *key) for key in _keys(published)}
+    of_algo = {str(algo): table for algo, table in runs.runs.groupby("algo")}
+    cells = [(figure, _runs_of(of_algo.get(figure.algo, runs.runs.head(0)), figure)) for figure in published.figures]
     ways = [[_differences(row, figure, published) for _, row in found.iterrows()] for figure, found in cells]
     way, notes = _way({way for of_figure in ways for way in of_figure})
+    titles = {algo: registry.title(algo) for algo in {figure.algo for figure in published.figures}}
+    names = [figure.name or titles[figure.algo] for figure in published.figures]
     rows, mixed = [], []
-    for (figure, found), of_figure in zip(cells, ways, strict=True):
+    for name, (figure, found), of_figure in zip(names, cells, ways, strict=True):
         used = found.loc[[one == way for one in of_figure]]
         if used["algorithm_fingerprint"].nunique() > 1:
-            mixed.append(_name(figure))
+            mixed.append(name)
         known = values[figure.metric, figure.selection].reindex(used["run"]).notna().to_numpy()
         # The same seed of another source is no other seed; of two, one that has the figure is used.
         used = used.assign(known=known).sort_values("known", kind="stable").drop_duplicates([*SEEDS], keep="last")
-        rows.append(_held(figure, published.columns, [str(run) for run in used["run"]], values))
+        rows.append(_held(name, figure, published.columns, [str(run) for run in used["run"]], values))
     if mixed:
         notes.append(f"Runs of {', '.join(dict.fromkeys(mixed))} have different sources; of a seed, one is used.")
     return Reproduction(
         published.source,
         rows,
-        {_name(figure): figure.why for figure in published.figures if figure.why},
+        {name: figure.why for name, figure in zip(names, published.figures, strict=True) if figure.why},
         [*notes, *_notes(rows)],
     )
 
 
-def _name(figure: Figure) -> str:
-    return figure.name or registry.title(figure.algo)
-
-
 def _runs_of(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
-    """Return the runs of a figure's method and column, with any other settings."""
-    known = registry.describe(figure.algo).hyperparameters if figure.algo in registry.algorithms() else {}
+    """Return the runs of a figure's column among those of its method, with any other settings."""
+    known = schema.hyperparameters(figure.algo)
     for name in figure.hyperparameters:
         if known and name not in known:
             raise unknown(f"hyperparameter of {figure.algo} in published", name, known)
@@ -147,12 +132,11 @@ def _runs_of(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
 
     def belongs(row: "pd.Series[Any]") -> bool:
         return (
-            row["algo"] == figure.algo
-            and all(row[name] == value for name, value in figure.where.items())
+            all(row[name] == value for name, value in figure.where.items())
             and {**defaults, **row["hyperparameters"]} == wanted
         )
 
-    return table[[belongs(row) for _, row in table.iterrows()]]
+    return table.loc[[belongs(row) for _, row in table.iterrows()]]
 
 
 _Way = tuple[tuple[str, Any, Any], ...]
@@ -195,21 +179,19 @@ def _keys(published: Published) -> list[tuple[str, str]]:
 
 
 def _held(
-    figure: Figure, columns: Iterable[str], runs: list[str], values: Mapping[tuple[str, str], "pd.Series[float]"]
+    name: str,
+    figure: Figure,
+    columns: Iterable[str],
+    runs: list[str],
+    values: Mapping[tuple[str, str], "pd.Series[float]"],
 ) -> Held:
-    ours = {}
-    for key, of_runs in values.items():
-        found = of_runs.reindex(runs).dropna()
-        if len(found):
-            std = float(found.std(ddof=1)) if len(found) > 1 else None
-            ours[key] = Ours(float(found.mean()), std, len(found))
     return Held(
-        method=_name(figure),
+        method=name,
         algo=figure.algo,
-        column=", ".join(short(name, figure.where[name]) for name in columns),
+        column=", ".join(short(column, figure.where[column]) for column in columns),
         published=figure.value,
         against=(figure.metric, figure.selection),
-        ours=ours,
+        ours={key: cell for key, of_runs in values.items() if (cell := Cell.of(of_runs.reindex(runs)))},
         runs=tuple(runs),
     )
 
@@ -226,17 +208,20 @@ def _notes(rows: list[Held]) -> list[str]:
     return [*out, *(text for row in rows if (text := row.sentence()))]
 
 
-def lines(found: Reproduction) -> list[dict[str, Any]]:
-    """Return a row for each published figure, with our figures in percent; a figure without runs is None."""
-    shown = [key for key in OURS if any(key in row.ours for row in found.rows)]
+def lines(rows: Sequence[Held]) -> list[dict[str, str | None]]:
+    """Return published figures and ours in percent, by the heads of a table; what has no run is None.
+
+    Figures of ours that no row has are left out.
+    """
+    shown = [key for key in OURS if any(key in row.ours for row in rows)]
     return [
         {
             "method": row.method, "setting": row.column, "published": f"{100 * row.published:.2f}",
             **{OURS[key]: row.ours[key].text() if key in row.ours else None for key in shown},
-            "held against": name_of(row.against),
+            "held against": _name_of(row.against),
             "difference": None if row.difference is None else _signed(100 * row.difference),
         }
-        for row in found.rows
+        for row in rows
     ]  # fmt: skip
 
 
@@ -244,20 +229,22 @@ def _signed(points: float) -> str:
     return f"{points:+.2f}" if abs(points) >= 0.005 else "0.00"
 
 
-def name_of(key: tuple[str, str]) -> str:
+def _name_of(key: tuple[str, str]) -> str:
     """Return the name of one of our figures, a metric and a selection."""
     return OURS.get(key, ", ".join(key))
 
 
+def grid(rows: Sequence[Held]) -> str:
+    """Return published figures and ours as a Markdown table."""
+    found = lines(rows)
+    return render.grid(list(found[0]), [[value or "missing" for value in line.values()] for line in found], left=2)
+
+
 def markdown(found: Reproduction) -> str:
     """Return the comparison as Markdown."""
-    rows = lines(found)
-    table = [list(rows[0]), ["---", "---", *("---:" for _ in list(rows[0])[2:])]]
-    table += [["missing" if value is None else str(value) for value in row.values()] for row in rows]
-    text = "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in table)
     notes = "".join(f"- {note}\n" for note in found.notes)
     why = "".join(f"- {name}: {' '.join(text.split())}\n" for name, text in found.why.items())
-    return f"Accuracy in percent, beside the figures of {found.source}.\n\n{text}\n\n{notes}\n{why}"
+    return f"Accuracy in percent, beside the figures of {found.source}.\n\n{grid(found.rows)}\n\n{notes}\n{why}"
 
 
 def csv_text(found: Reproduction) -> str:
@@ -269,12 +256,7 @@ def csv_text(found: Reproduction) -> str:
         for key, name in OURS.items():
             own = row.ours.get(key)
             line |= {name: own and own.mean, f"{name}, std": own and own.std}
-        held = row.held
-        line |= {"held against": name_of(row.against), "difference": row.difference,
-                 "seeds": held.seeds if held else 0, "runs": " ".join(row.runs)}  # fmt: skip
+        line |= {"held against": _name_of(row.against), "difference": row.difference,
+                 "seeds": row.held.seeds if row.held else 0, "runs": " ".join(row.runs)}  # fmt: skip
         rows.append(line)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return render.csv_of(rows)

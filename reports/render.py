@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .accuracy import AccuracyTable, Cell
@@ -21,6 +21,21 @@ def heading(table: AccuracyTable) -> str:
     return text[0].upper() + text[1:]
 
 
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table; all columns but the first `left` ones are right-aligned."""
+    lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
+    return "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in lines)
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows, which have the same keys, as CSV."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
 def markdown(table: AccuracyTable) -> str:
     """Return the table as Markdown."""
 
@@ -30,15 +45,14 @@ def markdown(table: AccuracyTable) -> str:
         return {"best": "**{}**", "close": "<u>{}</u>", "": "{}"}[found.mark].format(found.text())
 
     labels = list(table.columns.values())
-    rule = ["---", *("---:" for _ in labels)]
+    body = [[method, *map(cell, table.row(method))] for method in table.rows]
     if len(table.levels) < 3:
-        lines = [["method", *map(", ".join, labels)], rule]
+        head = list(map(", ".join, labels))
     else:  # Markdown has one line of heads: the innermost heads are the first line of the body
         outer = [", ".join(label[:-1]) for label in labels]
-        shown = [text if i == 0 or text != outer[i - 1] else "" for i, text in enumerate(outer)]
-        lines = [["method", *shown], rule, ["", *(f"*{label[-1]}*" for label in labels)]]
-    lines += [[method, *map(cell, table.row(method))] for method in table.rows]
-    text = "\n".join(f"| {' | '.join(part.replace('|', '/') for part in line)} |" for line in lines)
+        head = [text if i == 0 or text != outer[i - 1] else "" for i, text in enumerate(outer)]
+        body.insert(0, ["", *(f"*{label[-1]}*" for label in labels)])
+    text = grid(["method", *head], body)
     notes = "".join(f"- {note}\n" for note in table.notes)
     return f"{heading(table)}. Protocol: {table.title}.\n\n{text}\n\n{notes}"
 
@@ -89,18 +103,13 @@ def rows(table: AccuracyTable) -> Iterator[dict[str, Any]]:
                 "protocol": table.title, **dict(zip(table.levels, labels, strict=True)), "algo": table.algos[method],
                 "method": method, "metric": table.metric, "selection": table.selection,
                 "mean": None if cell is None else found.mean, "std": found.std, "ci95_low": low, "ci95_high": high,
-                "seeds": len(found.runs), "mark": found.mark, "runs": " ".join(found.runs),
+                "seeds": found.seeds, "mark": found.mark, "runs": " ".join(found.runs),
             }  # fmt: skip
 
 
 def csv_text(tables: list[AccuracyTable]) -> str:
     """Return all tables as one CSV with a row per cell. Accuracies are fractions; `runs` has the ids of the runs."""
-    lines = [row for table in tables for row in rows(table)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
+    return csv_of([row for table in tables for row in rows(table)])
 
 
 def terminal(table: AccuracyTable) -> "RichTable":

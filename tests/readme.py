@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from pflbench.core import registry
+from pflbench.reports.render import grid
 
 README = Path(__file__).parents[1] / "README.md"
 _PLACE = re.compile(r"(<!-- methods: python tests/readme.py -->\n).*?(<!-- end of methods -->)", re.DOTALL)
@@ -17,13 +18,12 @@ def table() -> str:
     first = {facts["family"]: min(f["year"] or 0 for f in found.values() if f["family"] == facts["family"])
              for facts in found.values()}  # fmt: skip
     order = sorted(found.items(), key=lambda item: (first[item[1]["family"]], item[1]["family"], item[1]["year"] or 0))
-    lines = ["| method | `--algo` | family | paper | personal | sent |", "|---|---|---|---|---|---|"]
+    head, lines = ["method", "`--algo`", "family", "paper", "personal", "sent"], []
     for name, facts in order:
         paper = f"{facts['venue']} {facts['year']}" if facts["year"] else "-"
         personal = re.split(r"[;.:]|, which", facts["personal"])[0]
-        cells = [facts["title"], f"`{name}`", facts["family"], paper, personal, facts["sent"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([facts["title"], f"`{name}`", facts["family"], paper, personal, facts["sent"]])
+    return grid(head, lines, left=len(head)) + "\n"
 
 
 def page(text: str) -> str:

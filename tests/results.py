@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 
 from pflbench.cli.sweep import read_suite
-from pflbench.reports import load, scores
+from pflbench.reports import load, render, scores
 from pflbench.reports.frames import Runs
-from pflbench.reports.published import hold, lines
+from pflbench.reports.published import grid, hold
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER / "fedas.md"
@@ -28,9 +28,7 @@ def table(runs: Runs, suite: str) -> str:
     published = read_suite(suite).published
     assert published is not None
     found = hold(runs, published)
-    rows = [row for row, held in zip(lines(found), found.rows, strict=True) if held.held]
-    cells = [list(rows[0]), ["---", "---", *("---:" for _ in list(rows[0])[2:])], *(list(row.values()) for row in rows)]
-    text = "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in cells)
+    text = grid([row for row in found.rows if row.held])
     notes = "".join(f"- {note}\n" for note in found.notes)
     return f"**{found.source}.** Percent.\n\n{text}\n\n{notes}"
 
@@ -39,12 +37,12 @@ def ours(runs: Runs) -> str:
     """Return every run's figures as Markdown: all methods, also those that the paper does not have."""
     names = ["accuracy", "accuracy_worst10", "own_accuracy", "own_accuracy_worst10", "mixed_accuracy"]
     values = [scores(runs, name) for name in names]
-    lines = [["method", "dataset", "alpha", "P", "seed", "deployed", "worst 10 %", "own", "worst 10 %", "mixed"]]
-    lines.append(["---", "---", *("---:" for _ in lines[0][2:])])
+    head = ["method", "dataset", "alpha", "P", "seed", "deployed", "worst 10 %", "own", "worst 10 %", "mixed"]
+    lines = []
     for _, row in runs.runs.sort_values(["dataset", "alpha", "join_ratio", "method", "seed"]).iterrows():
         cells = [row["method"], row["dataset"], f"{row['alpha']:g}", f"{row['join_ratio']:g}", str(row["seed"])]
         lines.append([*cells, *(f"{100 * value[row['run']]:.2f}" for value in values)])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = render.grid(head, lines, left=2)
     return f"**All our runs.** Percent, after the last round.\n\n{text}\n"
 
 

@@ -36,7 +36,7 @@ def test_a_figure_stands_beside_ours_and_the_difference_is_to_the_one_that_it_is
 
 def test_a_cell_without_a_run_is_missing_and_never_ours(write, tmp_path):
     write(tmp_path, tested="both")
-    row = lines(hold(load(tmp_path), published()))[1]
+    row = lines(hold(load(tmp_path), published()).rows)[1]
     assert row["published"] == "40.00"
     assert {row[name] for name in ("deployed", "own", "mixed", "difference")} == {None}
     text = markdown(hold(load(tmp_path), published()))
@@ -214,4 +214,4 @@ def test_a_difference_of_nothing_has_no_sign(write, tmp_path):
     runs = load(tmp_path)
     percent = 100 * float(scores(runs, "accuracy").iloc[0])
     row = {"algo": "fedavg", "percent": [percent - 1e-7]}
-    assert lines(hold(runs, published(row, columns={"alpha": [0.1]})))[0]["difference"] == "0.00"
+    assert lines(hold(runs, published(row, columns={"alpha": [0.1]})).rows)[0]["difference"] == "0.00"
