@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pflbench.core import (
     Batch, Client, Cohort, Diverged, Loss, Message, Net, Params, Round, Setup, State, Upload, need_features,
-    prototypes, register, setting,
+    numbers, prototypes, register, setting,
 )  # fmt: skip
 
 from .fedper import FedPer
@@ -85,7 +85,7 @@ def to_prototypes(means: Tensor) -> Loss:
 
     def loss(net: Net, batch: Batch) -> Tensor:
         distance = (net.body(batch.x) - means[batch.y]).square().mean(1)
-        counts = batch.y.bincount()[batch.y].to(distance.dtype)
+        counts = (batch.y[:, None] == batch.y).sum(1).to(distance.dtype)  # of the sample's class
         # A class's mean counts once: sum_c 1/n_c sum_i d_i, written as a mean over the batch to keep the bits of 0.1.
         value: Tensor = (distance * (len(batch) / counts)).mean()
         return value
@@ -95,8 +95,6 @@ def to_prototypes(means: Tensor) -> Loss:
 
 def fisher_trace(client: Client, model: Params) -> float:
     """Return the trace of the empirical Fisher information of `model`, over batches of the training data."""
-    trace = torch.zeros((), dtype=torch.float64)
-    for batch in client.batches(stream="fisher"):
-        for g in client.grad(model, batch).values():
-            trace += torch.dot(g.flatten(), g.flatten())
-    return float(trace)
+    batches = client.batches(stream="fisher")
+    squares = [torch.dot(g.flatten(), g.flatten()) for batch in batches for g in client.grad(model, batch).values()]
+    return float(sum(numbers(squares)))

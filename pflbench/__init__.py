@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pflbench.core.client import Client
     from pflbench.core.models import Net, build_model
     from pflbench.core.registry import register
+    from pflbench.engine.execution import Execution
     from pflbench.engine.experiment import Experiment, load_federation, prepare
     from pflbench.engine.observers import Observer
     from pflbench.engine.runner import run, run_experiment
@@ -37,6 +38,7 @@ _HOME = {
     "core.client": ("Client",),
     "core.models": ("Net", "build_model"),
     "core.registry": ("register",),
+    "engine.execution": ("Execution",),
     "engine.experiment": ("Experiment", "load_federation", "prepare"),
     "engine.observers": ("Observer",),
     "engine.runner": ("run", "run_experiment"),
@@ -52,10 +54,10 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022
-    "Algorithm", "Message", "Round", "Setup", "Upload", "Client", "Net", "build_model", "register", "Experiment",
-    "load_federation", "prepare", "Observer", "run", "run_experiment", "Diverged", "MethodError", "PflbenchError",
-    "RunError", "UsageError", "ClientData", "Federation", "Split", "participants", "setting", "RunSpec", "Folder",
-    "Memory", "Record",
+    "Algorithm", "Message", "Round", "Setup", "Upload", "Client", "Net", "build_model", "register", "Execution",
+    "Experiment", "load_federation", "prepare", "Observer", "run", "run_experiment", "Diverged", "MethodError",
+    "PflbenchError", "RunError", "UsageError", "ClientData", "Federation", "Split", "participants", "setting",
+    "RunSpec", "Folder", "Memory", "Record",
 ]  # fmt: skip
 
 

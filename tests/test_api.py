@@ -589,6 +589,6 @@ def test_two_processes_that_start_the_same_run_compute_it_once(tmp_path):
 def test_an_experiment_is_not_computed_in_a_way_that_does_not_exist(wrong):
     experiment = pflbench.prepare(toy.spec("fedavg"), toy.federation(), toy.net())
     with pytest.raises(UsageError):
-        pflbench.run_experiment(experiment, **wrong)
+        pflbench.run_experiment(experiment, execution=pflbench.Execution(**wrong))
     with pytest.raises(UsageError, match="checkpoint_every: 0 is out of bounds"):
         Folder(Path(), checkpoint_every=0)

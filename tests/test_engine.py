@@ -352,7 +352,8 @@ def test_a_prepared_experiment_is_run_into_either_store(tmp_path):
     experiment = pflbench.prepare(toy.spec("fedper"), toy.federation(), toy.net())
     plain = pflbench.run(toy.spec("fedper"), toy.federation(), toy.net(), executor="serial")
     stores = [None, pflbench.Memory(), pflbench.Folder(tmp_path)]
-    records = [pflbench.run_experiment(experiment, executor="serial", store=store) for store in stores]
+    serial = pflbench.Execution("serial")
+    records = [pflbench.run_experiment(experiment, execution=serial, store=store) for store in stores]
     assert {record.id for record in records} == {experiment.id}
     assert all(record.fingerprints == plain.fingerprints for record in records)
     assert [record.path for record in records] == [None, None, tmp_path / experiment.id]

@@ -22,6 +22,7 @@ import pflbench
 from pflbench import Diverged, Federation, Message, MethodError, RunError, register
 from pflbench.algorithms.fedavg import FedAvg
 from pflbench.core import params, registry
+from pflbench.core.device import Devices
 from pflbench.engine import evaluation
 from pflbench.engine.executors import Processes, Serial
 from pflbench.engine.executors.wire import Unpickler, common, dumps
@@ -66,7 +67,7 @@ def test_a_network_draws_other_numbers_for_each_seed_round_and_client():
     net = toy.dropping()
     x, y, _, _ = oracle.arrays()[0]
     turns = [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         made = [
             toy.client(x, y, net=net, seed=s, round=r, id=c).sgd(toy.initial()) for s, r, c in turns
         ]  # in stored order: only what the network draws differs
@@ -102,8 +103,8 @@ class Late(Work):
         time.sleep(random.random() * 0.05)
         return super().__call__(job)
 
-    def private(self):
-        return Late(self.experiment, self.states)
+    def on(self, device):
+        return Late(self.experiment, self.states, device)
 
 
 def _jobs(work, kind=Train, *, clients=range(4)):
@@ -128,7 +129,9 @@ def _flat(results):
 def test_results_come_in_the_order_of_the_jobs_whoever_is_ready_first():
     work = _work(Late)
     clients = [2, 0, 3, 1, 0, 2, 1, 3]
-    with Serial(_work(), 1) as one, Processes(work, 3) as many:
+    with Serial(Devices()) as one, Processes(3, Devices(), print) as many:
+        one.start(_work())
+        many.start(work)
         expected = one.map(_jobs(work, clients=clients))
         assert [r.upload.client for r in expected] == clients
         for _ in range(3):
@@ -140,7 +143,8 @@ def test_results_come_in_the_order_of_the_jobs_whoever_is_ready_first():
 
 def test_more_workers_than_jobs_and_no_jobs_are_fine():
     work = _work()
-    with Processes(work, 3) as pool:
+    with Processes(3, Devices(), print) as pool:
+        pool.start(work)
         assert pool.map([]) == []
         assert len(pool.map(_jobs(work, clients=[1]))) == 1
 
@@ -161,7 +165,7 @@ def faulty(methods):
 
     @registry.register("faulty")
     class Faulty(FedAvg):
-        fault = None
+        fault = staticmethod(lambda: None)
 
         def local_update(self, client, received, state):
             if client._key == (2, 1):
@@ -171,6 +175,11 @@ def faulty(methods):
             return super().local_update(client, received, state)
 
     return methods["faulty"]
+
+
+@pytest.fixture
+def notes():
+    return []
 
 
 def _kill_self():
@@ -183,35 +192,48 @@ def _exit():
 
 @linux
 @pytest.mark.parametrize(("fault", "how"), [(_kill_self, "signal 9"), (_exit, "exit code 7")])
-def test_a_worker_that_dies_in_a_round_ends_the_run_with_an_error_that_says_how(faulty, children, fault, how):
+def test_a_job_that_kills_three_workers_ends_the_run_with_an_error_that_says_how(faulty, children, fault, how, notes):
     faulty.fault = fault
     before = children(os.getpid())
-    with pytest.raises(RunError, match=rf"died \({how}\) in round 2, client 1") as error:
-        toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=3)
+    with pytest.raises(RunError, match=rf"died \({how}\) in round 2, client 1; 3 workers died of this") as error:
+        toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=3, notice=notes.append)
     assert "\n" not in str(error.value)
+    assert len(notes) == 2
     assert multiprocessing.active_children() == []
     assert children(os.getpid()) <= before
 
 
 @linux
-def test_a_worker_killed_from_outside_while_it_works_ends_the_run_at_once(faulty, tmp_path, eventually):
+@pytest.mark.parametrize("way", ["memory", "disk"])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_worker_killed_from_outside_is_replaced_and_the_bits_are_those_of_serial(
+    faulty, tmp_path, eventually, notes, workers, way
+):
     victim = tmp_path / "pid"
 
     def work():
-        victim.write_text(str(os.getpid()))
-        time.sleep(60)
+        if not victim.exists():
+            victim.write_text(str(os.getpid()))
+            time.sleep(60)
 
     def kill():
         if eventually(lambda: victim.exists() and victim.read_text()):
             os.kill(int(victim.read_text()), signal.SIGKILL)
 
+    federation = toy.federation(SIZES)
+    expected = _prints(toy.run("faulty", federation=federation))
     faulty.fault = work
     killer = threading.Thread(target=kill)
     killer.start()
     began = time.monotonic()
-    with pytest.raises(RunError, match=r"signal 9\) in round 2, client 1"):
-        toy.run("faulty", federation=toy.federation(SIZES), executor="processes", workers=2)
+    out = tmp_path / "runs" if way == "disk" else None
+    record = toy.run(
+        "faulty", federation=federation, executor="processes", workers=workers, notice=notes.append, out=out
+    )
     assert time.monotonic() - began < 30
+    assert _prints(record) == expected
+    (note,) = notes
+    assert note.endswith("died (signal 9) in round 2, client 1; another worker computes this again")
     killer.join()
     assert multiprocessing.active_children() == []
 

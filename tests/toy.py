@@ -3,7 +3,7 @@
 `oracle` has the same network and its training in plain torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def federation(sizes: Iterable[int] = (7, 4), **kw: Any) -> pflbench.Federation:
 def net(*, seed: int = 0, act: type[nn.Module] = nn.Tanh, features: int = 3, norm: bool = False) -> pflbench.Net:
     """Return the network. With `norm`, all features are one channel of a BatchNorm: it can train on one sample."""
     layers = [nn.Unflatten(1, (1, features)), nn.BatchNorm1d(1), nn.Flatten()] if norm else []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = nn.Sequential(nn.Linear(3, features), *layers, act())
         return pflbench.Net(body, nn.Linear(features, 3)).double()
@@ -99,12 +99,18 @@ def run(
     net: pflbench.Net | None = None,
     executor: str = "serial",
     workers: int | None = None,
+    device: str = "cpu",
+    notice: Callable[[str], None] = lambda _: None,
+    out: Path | None = None,
     **settings: Any,
 ) -> pflbench.Record:
     """Return the record of a run."""
     federation = federation or pflbench.Federation.from_arrays(oracle.arrays(), classes=3)
     wanted = spec(algo, hyper, **{"clients": len(federation.clients), **settings})
-    return pflbench.run(wanted, federation, net or net_for(algo), executor=executor, workers=workers)
+    return pflbench.run(
+        wanted, federation, net or net_for(algo), executor=executor, workers=workers, device=device, notice=notice,
+        out=out,
+    )  # fmt: skip
 
 
 WAYS = ["serial", "processes", "disk"]

@@ -11,7 +11,7 @@ from pflbench.errors import UsageError, unknown
 from pflbench.spec import RunSpec
 
 Command = Callable[..., None]
-OWN = ("executor", "workers", "out", "data_dir", "checkpoint_every")
+OWN = ("executor", "workers", "device", "ray_address", "out", "data_dir", "checkpoint_every")
 """The settings of `run` that results do not depend on."""
 RUNS = Path("runs")
 """The folder of records, unless another is chosen."""
@@ -19,6 +19,14 @@ RUNS = Path("runs")
 config = click.option("--config", metavar="FILE", help="TOML file of settings; the command line overrides it")
 data_dir = click.option(
     "--data-dir", metavar="FOLDER", help="folder of the datasets  [default: $PFLBENCH_DATA or the user's cache folder]"
+)
+device = click.option(
+    "--device", metavar="TEXT", help="cpu, cuda or mps: where the workers compute; not part of the id  [default: cpu]"
+)
+ray_address = click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="a running Ray cluster, for the executor ray  [default: Ray is started here]",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 runs = click.argument("runs", nargs=-1)
@@ -119,6 +127,12 @@ def integer(name: str, value: Any) -> int:
         return int(str(value))
     except ValueError:
         raise UsageError(f"{name}: {value!r} is not an integer") from None
+
+
+def execution(given: dict[str, Any]) -> dict[str, Any]:
+    """Return how a run is computed, as `Execution` takes it, from the settings `given`: text, or values from TOML."""
+    found = {name: str(given[name]) for name in ("executor", "device", "ray_address") if given.get(name) is not None}
+    return found if given.get("workers") is None else {**found, "workers": integer("workers", given["workers"])}
 
 
 def fraction(name: str, value: str) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pflbench.cli import options
-from pflbench.errors import PflbenchError, unknown
+from pflbench.errors import PflbenchError, at_least_one, unknown
 from pflbench.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 @click.option("--set", "hyperparameters", metavar="NAME=VALUE", multiple=True, help="a hyperparameter of the method; "
               "`pflbench describe ALGO` lists them; may be repeated")  # fmt: skip
 @options.config
-@click.option("--executor", metavar="TEXT", help="processes or serial; the results are the same  [default: processes]")
-@click.option("--workers", metavar="INT", help="worker processes, of one thread each  [default: one per core]")
+@click.option(
+    "--executor", metavar="TEXT", help="processes, serial or ray; the results are the same  [default: processes]"
+)
+@click.option("--workers", metavar="INT", help="workers, of one thread each  [default: one per core, or four per GPU]")
+@options.device
+@options.ray_address
 @options.out("runs", "records", in_config=True)
 @options.data_dir
 @click.option("--force", is_flag=True, help="run again even if there is a record")
@@ -48,21 +52,21 @@ def command(
     """
     spec, execution = read(config, hyperparameters, given)
     data_dir = options.data_folder(execution.get("data_dir"))
-    executor = str(execution.get("executor", "processes"))
-    workers = None if execution.get("workers") is None else options.integer("workers", execution["workers"])
+    how = options.execution(execution)
     checkpoint_every = options.integer("checkpoint_every", execution.get("checkpoint_every", 1))
     out = options.folder("out", execution.get("out", "runs"))
     if log not in (None, "tensorboard"):
         raise unknown("log", log, ["tensorboard"])
     if dry_run:
+        from pflbench.engine.execution import Execution
         from pflbench.engine.experiment import prepare
-        from pflbench.engine.runner import check_execution
 
-        check_execution(executor, workers, checkpoint_every)
+        Execution(**how).check()
+        at_least_one("checkpoint_every", checkpoint_every)
         found = prepare(spec, data_dir=data_dir, notice=options.notice, download=False)
         click.echo(json.dumps({"id": found.id, "spec": found.spec.to_dict()}, indent=None if as_json else 2))
         return
-    from pflbench.engine.executors.children import signals_deferred
+    from pflbench.engine.children import signals_deferred
 
     with signals_deferred():  # the import of torch would lose an exception of a signal's handler
         from pflbench.engine import runner
@@ -76,8 +80,7 @@ def command(
         observers.append(Log(out, resume=resume))
     record = runner.run(
         spec,
-        executor=executor,
-        workers=workers,
+        **how,
         out=out,
         force=force,
         resume=resume,

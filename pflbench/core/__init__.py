@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         need_features,
     )  # fmt: skip
     from pflbench.core.client import Client, class_counts, class_means, prototypes
-    from pflbench.core.device import Replica
+    from pflbench.core.device import Replica, numbers
     from pflbench.core.models import Net
     from pflbench.core.params import Params, State, average, body, distance, head, linear_head, zeros_like
     from pflbench.core.registry import register
@@ -36,7 +36,7 @@ _HOME = {
         "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "merged_prototypes", "need_features",
     ),
     "pflbench.core.client": ("Client", "class_counts", "class_means", "prototypes"),
-    "pflbench.core.device": ("Replica",),
+    "pflbench.core.device": ("Replica", "numbers"),
     "pflbench.core.models": ("Net",),
     "pflbench.core.params": ("Params", "State", "average", "body", "distance", "head", "linear_head", "zeros_like"),
     "pflbench.core.registry": ("register",),
@@ -48,9 +48,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # noqa: RUF022
     "Algorithm", "Cohort", "Message", "Round", "Setup", "Upload", "mean", "merged_prototypes", "need_features",
-    "Client", "class_counts", "class_means", "prototypes", "Replica", "Net", "Params", "State", "average", "body",
-    "distance", "head", "linear_head", "zeros_like", "register", "SGD", "Batch", "Loss", "Transform", "cross_entropy",
-    "proximal", "Diverged", "UsageError", "setting",
+    "Client", "class_counts", "class_means", "prototypes", "Replica", "numbers", "Net", "Params", "State",
+    "average", "body", "distance", "head", "linear_head", "zeros_like", "register", "SGD", "Batch", "Loss", "Transform",
+    "cross_entropy", "proximal", "Diverged", "UsageError", "setting",
 ]  # fmt: skip
 
 

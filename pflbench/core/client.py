@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pflbench.core import params
-from pflbench.core.device import Replica, chunks, plain
+from pflbench.core.device import Replica, chunks, numbers, plain
 from pflbench.core.models import Net
 from pflbench.core.params import Params
 from pflbench.core.training import (
@@ -66,10 +66,19 @@ class Client:
         self.protocol = protocol
         self.y = train.y
         self.n = len(train)
-        self.counts = Counts()
+        self._counts = Counts()
+        self._losses: list[tuple[Tensor, int]] = []  # of batches, with their samples: not yet in the counts
         self.trained: Params = {}
         # The user's network may draw random numbers, for example for dropout.
         torch.manual_seed(int(rng(seed, "torch", *key).randint(2**31)))
+
+    @property
+    def counts(self) -> Counts:
+        """The work so far. Reading it waits for the device."""
+        for value, (_, samples) in zip(numbers([value for value, _ in self._losses]), self._losses, strict=True):
+            self._counts.loss_sum += value * samples
+        self._losses.clear()
+        return self._counts
 
     @overload
     def sgd(
@@ -126,7 +135,7 @@ class Client:
         if loss is cross_entropy and all(map(params.in_head, chosen)) and plain(net.body):
             # The body is frozen and plain, so its features are the same in every epoch.
             x, step_net = self._features(net), Net(nn.Identity(), net.head)
-        total = torch.zeros((), dtype=torch.float64)
+        losses: list[Tensor] = []
         samples = 0
         with self._counted(net):
             for index in self._order(config, stream):
@@ -140,14 +149,15 @@ class Client:
                     used = transform(named, dict(zip(chosen, parameters, strict=False)))
                     grads = (*(used[name] for name in chosen), *grads[len(chosen) :])
                 optimiser.step(grads, parameters)
-                total += value.detach() * len(batch)
+                losses.append(value.detach() * len(batch))
                 samples += len(batch)
-                self.counts.steps += 1
+                self._counts.steps += 1
+        total = float(sum(numbers(losses)))
         if not math.isfinite(total):
-            raise Diverged(f"client {self.id}: the loss ({stream}) is {float(total)}; lower lr")
+            raise Diverged(f"client {self.id}: the loss ({stream}) is {total}; lower lr")
         if stream == TRAIN:
-            self.counts.loss_sum += float(total)
-            self.counts.samples += samples
+            self.counts.loss_sum += total
+            self._counts.samples += samples
         done = params.read(net)
         trained = {name: t.detach() for name, t in net.extra.items()}
         self._check_finite({**done, **trained}, stream)
@@ -184,7 +194,7 @@ class Client:
             change = direction(now, *drawn)
             buffers = {name: t for name, t in self._replica.statistics().items() if name in now}
             now = now | buffers | optimiser.stepped(change, now)
-            self.counts.steps += 1
+            self._counts.steps += 1
         self._check_finite(now, stream)
         self._note_trained(now)
         return now
@@ -220,8 +230,8 @@ class Client:
         self._check_scalar(value)
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
         if train_mode and batch.stream == TRAIN:
-            self.counts.loss_sum += float(value.detach()) * len(batch)
-            self.counts.samples += len(batch)
+            self._losses.append((value.detach(), len(batch)))
+            self._counts.samples += len(batch)
         return dict(zip(named, grads, strict=True))
 
     def features(self, model: Params) -> Tensor:
@@ -236,12 +246,12 @@ class Client:
         if not self.n:
             raise MethodError(f"client {self.id}: a loss needs samples, but this part of the client has none")
         net = self._replica.load(model).eval()
-        total = 0.0
+        sums: list[Tensor] = []
         with self._counted(net), torch.no_grad(), self._replica.forward():
             for rows in chunks(self.n):
                 logits = net(self._replica.batch(self._x, rows))
-                total += float(F.cross_entropy(logits, self.y[rows], reduction="none").sum())
-        return total / self.n
+                sums.append(F.cross_entropy(logits, self.y[rows], reduction="none").sum())
+        return float(sum(numbers(sums))) / self.n
 
     def part(self, share: float, *, stream: str, every_round: bool = True) -> "tuple[Client, Client]":
         """Return this client with a random `share` of its samples (rounded up), and this client with the other samples.
@@ -259,6 +269,7 @@ class Client:
         return rng(self._seed, "random", *key, *self._key)
 
     def _subset(self, index: Tensor) -> "Client":
+        index = self._replica.device.to(index)
         subset = copy.copy(self)
         subset._x, subset.y, subset.n = self._x[index], self.y[index], len(index)
         return subset
@@ -286,8 +297,8 @@ class Client:
         """
 
         def count(_body: nn.Module, _inputs: object, features: Tensor) -> None:
-            self.counts.forward += len(features)
-            self.counts.backward += len(features) if torch.is_grad_enabled() else 0
+            self._counts.forward += len(features)
+            self._counts.backward += len(features) if torch.is_grad_enabled() else 0
 
         hook = net.body.register_forward_hook(count)
         try:
@@ -304,11 +315,13 @@ class Client:
         """Return the batch of the rows `index` of `x`, the client's samples or their features."""
         return Batch(self._replica.batch(x, index), self.y[index], index, stream)
 
-    def _order(self, config: SGD, stream: str) -> Iterator[Tensor]:
-        """Yield the rows of each batch. Every pass over a stream in a round has another order."""
+    def _order(self, config: SGD, stream: str) -> Sequence[Tensor]:
+        """Return the rows of each batch. Every pass over a stream in a round has another order."""
         generator = rng(self._seed, "batches", stream, self._passes[stream], *self._key)
         self._passes[stream] += 1
-        yield from config.order(self.n, generator)
+        rows = list(config.order(self.n, generator))
+        # One copy to the device for all batches: a copy for each would wait for the device in every step.
+        return torch.split(self._replica.device.to(torch.cat(rows)), [len(r) for r in rows]) if rows else ()
 
 
 def class_counts(client: Client) -> Tensor:

@@ -1,8 +1,10 @@
-"""A process's copy of the network. All code that depends on the device and the number format is in this module."""
+"""Devices, and a process's copy of the network. All code that depends on the device or the number format is here."""
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +12,147 @@ from torch import Tensor, nn
 from pflbench.core import params
 from pflbench.core.models import Net
 from pflbench.core.params import Params
-from pflbench.errors import MethodError
+from pflbench.errors import MethodError, UsageError
+from pflbench.federation import Split
 
+T = TypeVar("T")
 _CHUNK = 128  # samples in a forward pass that needs no gradient
 
 
 def chunks(n: int) -> Iterator[slice]:
     """Yield slices that cover n samples, for forward passes that need no gradient."""
     return (slice(i, i + _CHUNK) for i in range(0, n, _CHUNK))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where a worker computes: torch's type of a device, and its number among the devices of this type.
+
+    States, messages and data are at home, on the CPU. What a job needs is copied to the device when the job starts, and
+    its results are copied home when it ends.
+    """
+
+    type: str = "cpu"
+    index: int = 0
+
+    @property
+    def torch(self) -> torch.device:
+        """The device as torch has it."""
+        return torch.device(self.type) if self.type == "cpu" else torch.device(self.type, self.index)
+
+    def to(self, value: T) -> T:
+        """Return `value` on the device. It is a tensor, samples, or mappings of any depth with tensors in them."""
+        return value if self.type == "cpu" else _moved(value, self.torch)
+
+    @staticmethod
+    def home(value: T) -> T:
+        """Return `value` on the CPU; what is there already is not copied."""
+        return _moved(value, torch.device("cpu"))
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[None]:
+        """Compute with the same bits every time, and without TF32, which keeps only 10 bits of a float32's fraction.
+
+        Must be entered before the process uses the device. The settings of before are restored.
+        """
+        if self.type == "cpu":
+            yield
+            return
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        cudnn, matmul, filling = torch.backends.cudnn, torch.backends.cuda.matmul, torch.utils.deterministic
+        wanted = (
+            (cudnn, "benchmark", False), (cudnn, "deterministic", True), (cudnn, "allow_tf32", False),
+            (matmul, "allow_tf32", False), (filling, "fill_uninitialized_memory", False),
+        )  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            for module, name, value in wanted:
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, value)
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+            yield
+
+
+CPU = Device()
+
+
+def _moved(value: T, to: torch.device) -> T:
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(to)
+    elif isinstance(value, Split):
+        moved = Split(value.x.to(to), value.y.to(to))
+    elif isinstance(value, Mapping):
+        moved = {key: _moved(leaf, to) for key, leaf in value.items()}
+    return moved  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of one type that a process sees.
+
+    `facts` is what a record says of them: the name, and for CUDA the capability and the versions of CUDA and cuDNN.
+    """
+
+    type: str = "cpu"
+    count: int = 1
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def of(self, worker: int) -> Device:
+        """Return the device of a worker, by its number: neighbours are on different devices."""
+        return Device(self.type, worker % self.count)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the devices."""
+        return {"type": self.type, **({} if self.type == "cpu" else {**self.facts, "count": self.count})}
+
+
+def _cuda() -> Devices:
+    cuda = torch.version.cuda
+    if cuda is None:
+        raise UsageError(
+            f"device: this torch, {torch.__version__}, is built without CUDA; install torch with CUDA "
+            "(https://pytorch.org/get-started/locally), or leave --device out"
+        )
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"device: torch {torch.__version__} with CUDA {cuda} sees no GPU; check nvidia-smi, the driver and "
+            f"CUDA_VISIBLE_DEVICES ({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), or leave --device out"
+        )
+    facts = {
+        "name": ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "cuda": cuda,
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+    }
+    return Devices("cuda", torch.cuda.device_count(), facts)
+
+
+def _mps() -> Devices:
+    if not torch.backends.mps.is_available():
+        why = "does not find one" if torch.backends.mps.is_built() else "is built without MPS"
+        raise UsageError(
+            f"device: mps needs a GPU of Apple, and this torch, {torch.__version__}, {why}; leave --device out"
+        )
+    return Devices("mps")
+
+
+TYPES: dict[str, Callable[[], Devices]] = {"cpu": Devices, "cuda": _cuda, "mps": _mps}
+"""How the devices of each type are found. A function raises `UsageError` if there are none; it uses the device, so a
+process that will fork must not call it."""
+
+OutOfMemory = torch.cuda.OutOfMemoryError
+"""The error of a device whose memory is full."""
+
+
+def in_use() -> str | None:
+    """Return the type of a device that this process has used: a forked process could not use it."""
+    return "cuda" if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+
+def numbers(scalars: Sequence[Tensor]) -> list[Any]:
+    """Return the values of `scalars`; the device is waited for once, not once for each."""
+    return torch.stack(list(scalars)).cpu().tolist() if scalars else []
 
 
 @dataclasses.dataclass
@@ -29,10 +164,11 @@ class Replica:
 
     net: Net
     precision: str = "fp32"
+    device: Device = CPU
     loaded: Params = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.net.to(memory_format=torch.channels_last)
+        self.net.to(self.device.torch).to(memory_format=torch.channels_last)
         self.slots = params.slots(self.net)
         self.dtype = next(iter(self.slots.values())).dtype
         # A forward pass in training mode may change these.
@@ -54,7 +190,7 @@ class Replica:
         """Return the context for a forward pass."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def load(self, values: Params) -> Net:
         """Copy `values` into the network and return it. Raises `MethodError` when one is missing or misshapen."""

@@ -128,4 +128,5 @@ class Counts:
 
 def finite(values: Iterable[Tensor]) -> bool:
     """Return whether all numbers in `values` are finite."""
-    return all(bool(t.isfinite().all()) for t in values)
+    found = [t.isfinite().all() for t in values]
+    return not found or bool(torch.stack(found).all())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pflbench.core.device import Replica, chunks
+from pflbench.core.device import Replica, chunks, numbers
 from pflbench.core.params import State
 from pflbench.errors import Diverged, MethodError
 from pflbench.federation import Split
@@ -49,19 +49,23 @@ def test(predict: Predict, replica: Replica, deployed: State, split: Split) -> t
 
     The sum is inf if the method rules out (logit -inf) a class that occurs, and NaN if other logits are not finite.
     """
-    correct, loss = 0, 0.0
+    highest = int(split.y.max()) if len(split) else 0
+    correct: list[Tensor] = []
+    losses: list[Tensor] = []
+    finite: list[Tensor] = []
+    split = replica.device.to(split)
     with torch.no_grad():
         for rows in chunks(len(split)):
             with replica.forward():
                 logits, y = predict(replica, deployed, replica.batch(split.x, rows)), split.y[rows]
-                if logits.dim() != 2 or len(logits) != len(y) or logits.shape[1] <= int(y.max()):
+                if logits.dim() != 2 or len(logits) != len(y) or logits.shape[1] <= highest:
                     shape = tuple(logits.shape)
                     raise MethodError(f"predict returned the shape {shape}; logits are [{len(y)}, classes]")
-                correct += int((logits.argmax(1) == y).sum())
-                loss += float(F.cross_entropy(logits, y, reduction="sum"))
-                if not logits[logits != -math.inf].isfinite().all():
-                    loss = math.nan
-    return correct, loss
+                correct.append((logits.argmax(1) == y).sum())
+                losses.append(F.cross_entropy(logits, y, reduction="sum"))
+                finite.append((logits.isfinite() | (logits == -math.inf)).all())
+    loss = float(sum(numbers(losses)))
+    return sum(numbers(correct)), loss if all(numbers(finite)) else math.nan
 
 
 def summary(scores: Sequence[Score]) -> dict[str, float | None]:

@@ -137,7 +137,8 @@ class Writer:
             if path.is_symlink():  # we would write to its target
                 raise RunError(f"{path} is a symbolic link, which no run makes; --force starts from round 1")
         good = self._newest_good(found, notice)
-        if changed := [name for name, sha in self._basis().items() if good.basis.get(name) != sha]:
+        basis = {"device": "cpu", **good.basis}  # before there were devices, all was computed on the CPU
+        if changed := [name for name, sha in self._basis().items() if basis.get(name) != sha]:
             what = ", ".join(changed)
             raise RunError(f"{self.folder}: {what} changed since it was written; --force starts from round 1")
         record = self._record
@@ -196,7 +197,12 @@ class Writer:
 
     def _basis(self) -> dict[str, str]:
         """Return what must be equal in a run and its checkpoint, in addition to the spec."""
-        return {**self._record.fingerprints, **self._record.versions}
+        device = {
+            name: value
+            for name, value in self._record.machine.get("device", {"type": "cpu"}).items()
+            if name != "count"
+        }
+        return {**self._record.fingerprints, **self._record.versions, "device": ", ".join(device.values())}
 
     def _checkpoint(self) -> set[str]:
         """Write a checkpoint; return the names of its files."""

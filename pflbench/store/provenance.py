@@ -43,19 +43,23 @@ def outdated(run: Mapping[str, Any], algorithm: "Algorithm") -> str | None:
     return None
 
 
-def machine(executor: str, workers: int) -> dict[str, Any]:
-    """Return the machine and the execution of a run, and pflbench's commit if it is known."""
+def machine(executor: str, workers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the machine and the execution of a run, and pflbench's commit if it is known.
+
+    `workers` describes the executor's workers.
+    """
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "executor": executor,
-        "workers": workers,
+        **workers,
         "git_commit": _commit(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pflbench.engine.executors.children import begin_child, end_children, signals_deferred, start_child
+from pflbench.engine.children import begin_child, end_children, signals_deferred, start_child
+from pflbench.engine.execution import Execution
 from pflbench.engine.experiment import Experiment, prepare
 from pflbench.engine.observers import Observer
 from pflbench.engine.runner import run_experiment
@@ -217,7 +218,7 @@ def _compute(run: Experiment, out: Path, retry: bool, to: Connection) -> None:
     teller = _Teller(to)
     try:
         store = Folder(out, force=retry, resume=not retry)
-        record = run_experiment(run, workers=1, store=store, observers=[teller])
+        record = run_experiment(run, execution=Execution(workers=1), store=store, observers=[teller])
     except RunBusy:
         to.send(("busy", None))
     except PflbenchError as error:

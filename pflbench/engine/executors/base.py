@@ -3,17 +3,25 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
-from pflbench.engine.work import Job, Result
+from pflbench.engine.work import Job, Result, Work
 
 
 class Executor(Protocol):
-    """Computes jobs; a context manager that frees its processes."""
+    """Computes jobs; a context manager that frees its processes. Entering it raises `UsageError` when it cannot."""
 
     def __enter__(self) -> Self: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record says of the workers: their number, and their "device"."""
+        ...
+
+    def start(self, work: Work) -> None:
+        """Compute the jobs of `work` from now on."""
+        ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,112 +1,102 @@
 """Worker processes on this machine."""
 
-import contextlib
-import io
 import pickle
-import signal
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Self
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from pflbench.engine.executors.children import begin_child, end_children, signals_deferred, start_child
-from pflbench.engine.executors.wire import Unpickler, common, dumps
+from pflbench.core.device import Devices
+from pflbench.engine.children import end_children, signals_deferred, start_child
+from pflbench.engine.executors.pool import Link, Pool, WorkerDied
+from pflbench.engine.executors.wire import common, dumps
+from pflbench.engine.executors.worker import serve
 from pflbench.engine.work import Job, Result, Work
-from pflbench.errors import PflbenchError, RunError
+from pflbench.store.memory import Notice
 
 
-class Processes:
+class Processes(Pool):
     """Computes the jobs in worker processes of one thread each.
 
     On Linux the workers are forked: they share the data with this process, start at once, and know the networks and
     methods that a script or a notebook defines. Elsewhere they are spawned, and the data is in shared memory.
-    If a worker dies, the run ends with `RunError`. If this process dies, the workers end themselves.
+    If a worker dies, another one takes its place. If this process dies, the workers end themselves.
     """
 
-    def __init__(self, work: Work, workers: int) -> None:
-        self._work = work
-        self._wanted = workers
-        self._workers: dict[Connection, BaseProcess] = {}
+    def __init__(self, workers: int, devices: Devices, notice: Notice) -> None:
+        super().__init__(notice)
+        self.workers = workers
+        self.devices = devices
+        self._links: dict[Connection, ProcessLink] = {}
+        self._shared: dict[int, Tensor] = {}
 
-    def __enter__(self) -> Self:
-        try:
-            with signals_deferred():
-                for _ in range(self._wanted):
-                    connection, process = start_child(_serve, self._work, daemon=True)
-                    self._workers[connection] = process
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def describe(self) -> dict[str, Any]:
+        """See `Executor`."""
+        return {"workers": self.workers, "device": self.devices.describe()}
+
+    def start(self, work: Work) -> None:
+        """Start the workers, which compute the jobs of `work`."""
+        super().start(work)
+        with signals_deferred():
+            for number in range(self.workers):
+                self._add(number)
 
     def __exit__(self, *error: object) -> None:
-        end_children(self._workers.items())
+        end_children((link.connection, link.process) for link in self._links.values())
 
-    def map(self, jobs: Sequence[Job]) -> list[Result | Exception]:
-        """Return the results of `jobs`, in their order. The result of a job that failed is its exception."""
-        # Jobs are popped from the end: the largest first.
-        waiting = sorted(range(len(jobs)), key=lambda i: self._work.size(jobs[i]))
-        sent: dict[Connection, dict[int, int]] = {connection: {} for connection in self._workers}
-        shared = common(jobs)
-        idle = list(self._workers)
-        doing: dict[Connection, int] = {}
-        results: dict[int, Result | Exception] = {}
-        while waiting or doing:
-            while waiting and idle:
-                connection = idle.pop()
-                doing[connection] = waiting.pop()
-                with self._death(connection, jobs[doing[connection]]):
-                    connection.send_bytes(dumps(jobs[doing[connection]], shared, sent[connection]))
-            ready = wait(list(doing))
-            for connection in [c for c in doing if c in ready]:
-                with self._death(connection, jobs[doing[connection]]):
-                    result = pickle.loads(connection.recv_bytes())  # noqa: S301
-                results[doing.pop(connection)] = result
-                idle.append(connection)
-        return [results[i] for i in range(len(jobs))]
+    def _add(self, number: int) -> None:
+        connection, process = start_child(serve, self._work, self.devices.of(number), daemon=True)
+        link = self._links[connection] = ProcessLink(connection, process, number)
+        link.shared = self._shared
+        self._idle.append(link)
 
-    @contextlib.contextmanager
-    def _death(self, connection: Connection, job: Job) -> Iterator[None]:
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        self._shared = common(jobs)
+        for link in self._links.values():
+            link.shared, link.sent = self._shared, {}
+
+    def _ready(self, busy: Sequence[Link]) -> Sequence[Link]:
+        found = wait([link.connection for link in self._links.values() if link in busy])
+        return [link for link in self._links.values() if link.connection in found]
+
+    def _lost(self, link: Link) -> None:
+        assert isinstance(link, ProcessLink)  # noqa: S101
+        with signals_deferred():
+            del self._links[link.connection]
+            link.connection.close()
+            self._add(link.number)
+
+
+class ProcessLink:
+    """The pipe to a worker process. `shared` has the tensors that several jobs carry, by id; `sent` those it has."""
+
+    def __init__(self, connection: Connection, process: BaseProcess, number: int) -> None:
+        self.connection = connection
+        self.process = process
+        self.number = number
+        self.shared: dict[int, Tensor] = {}
+        self.sent: dict[int, int] = {}
+
+    def send(self, job: Job) -> None:
+        """See `Link`."""
         try:
-            yield
-        except (EOFError, OSError):
-            process = self._workers[connection]
-            process.join()
-            code = process.exitcode or 0
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise RunError(
-                f"worker process {process.pid} died ({how}) in round {job.round}, client {job.client}; "
-                "if memory ran out, use fewer --workers"
-            ) from None
+            self.connection.send_bytes(dumps(job, self.shared, self.sent))
+        except OSError:
+            raise self._death() from None
 
-
-def _serve(work: Work, connection: Connection) -> None:
-    """Do jobs until the connection closes. The body of a worker process."""
-    begin_child(signal.SIG_IGN)  # the parent ends its workers
-    torch.set_num_threads(1)
-    work = work.private()
-    received: list[torch.Tensor] = []
-    while True:
+    def receive(self) -> Result | Exception:
+        """See `Link`."""
         try:
-            job = Unpickler(io.BytesIO(connection.recv_bytes()), received).load()
+            result: Result | Exception = pickle.loads(self.connection.recv_bytes())  # noqa: S301
         except (EOFError, OSError):
-            return
-        connection.send_bytes(_outcome(work, job))
+            raise self._death() from None
+        return result
 
-
-def _outcome(work: Work, job: Job) -> bytes:
-    """Return the pickled result of `job`, or the pickled error that it raised."""
-    try:
-        return dumps(work(job))
-    except Exception as error:
-        if not isinstance(error, PflbenchError):  # a bug in a method: its author needs the worker's traceback
-            note = f"In a worker, round {job.round}, client {job.client}:\n{traceback.format_exc()}"
-            try:
-                pickle.loads(pickle.dumps(error))  # noqa: S301
-            except Exception:
-                error = RuntimeError(repr(error))
-            error.add_note(note)
-        return dumps(error)
+    def _death(self) -> WorkerDied:
+        self.process.join()
+        code = self.process.exitcode or 0
+        return WorkerDied(
+            f"worker process {self.process.pid} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+        )

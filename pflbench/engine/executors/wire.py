@@ -3,25 +3,29 @@
 import io
 import pickle
 from collections import Counter
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pflbench.core.params import tensors
 from pflbench.engine.work import Evaluate, Job
 
 
-def common(jobs: Sequence[Job]) -> set[int]:
-    """Return the ids of the tensors that several jobs carry, such as those of the global model."""
+def common(jobs: Sequence[Job]) -> dict[int, Tensor]:
+    """Return, by their ids, the tensors that several jobs carry, such as those of the global model."""
 
-    def carried(job: Job) -> set[int]:
+    def carried(job: Job) -> dict[int, Tensor]:
         model = job.global_model if isinstance(job, Evaluate) else None
-        return {id(t) for t in tensors({"received": job.received.content, "global": model or {}})}
+        return {id(t): t for t in tensors({"received": job.received.content, "global": model or {}})}
 
-    count = Counter(tensor for job in jobs for tensor in carried(job))
-    return {tensor for tensor, times in count.items() if times > 1}
+    found: dict[int, Tensor] = {}
+    count: Counter[int] = Counter()
+    for job in jobs:
+        found |= (here := carried(job))
+        count.update(here.keys())
+    return {number: tensor for number, tensor in found.items() if count[number] > 1}
 
 
 class Pickler(pickle.Pickler):
@@ -31,7 +35,7 @@ class Pickler(pickle.Pickler):
     worker has already. These tensors must stay alive meanwhile.
     """
 
-    def __init__(self, stream: io.BytesIO, shared: AbstractSet[int], sent: dict[int, int]) -> None:
+    def __init__(self, stream: io.BytesIO, shared: Container[int], sent: dict[int, int]) -> None:
         super().__init__(stream, protocol=5)
         self._shared = shared
         self._sent = sent
@@ -70,7 +74,7 @@ class Unpickler(pickle.Unpickler):
         return tensor
 
 
-def dumps(value: Any, shared: AbstractSet[int] = frozenset(), sent: dict[int, int] | None = None) -> bytes:
+def dumps(value: Any, shared: Container[int] = (), sent: dict[int, int] | None = None) -> bytes:
     """Return a value, pickled; see `Pickler`."""
     stream = io.BytesIO()
     Pickler(stream, shared, {} if sent is None else sent).dump(value)
