@@ -85,8 +85,14 @@ def command(
         return
     from pflbench.cli.display import Sweeping
     from pflbench.files import check_out
+    from pflbench.store import locks
 
     check_out(folder)
+    if shard is None and None in found.values() and (system := locks.network(folder)):
+        options.notice(
+            f"{folder} is on a network file system ({system}), where locks may not hold; if several machines compute "
+            "this sweep, give each its part with --shard"
+        )
     with Sweeping(runs, found, quiet=quiet or as_json) as progress:
         failed = runner.compute(runs, folder, jobs=count, retry=retry, on_event=progress.event)
     if as_json:

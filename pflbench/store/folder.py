@@ -1,16 +1,15 @@
 """A run's folder: its logs line by line, its checkpoints, and in the end its record.
 
-While a run is computed, its folder is `runs/<id>.partial`. The folder is renamed to `runs/<id>` when everything is
-written, so a record at `runs/<id>` is complete. A run can be resumed from `runs/<id>.partial`: lines are appended to
-its `rounds.jsonl`, `evaluations.jsonl` and `clients.jsonl`, and the newest good checkpoint says how many of the lines
-count.
+While a run is computed, its folder is a partial folder (`partial.py`). The folder is renamed to `runs/<id>` when
+everything is written, so a record at `runs/<id>` is complete. A run can be resumed from a partial folder: lines are
+appended to its `rounds.jsonl`, `evaluations.jsonl` and `clients.jsonl`, and the newest good checkpoint says how many of
+the lines count.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +17,15 @@ from typing import TYPE_CHECKING
 
 from pflbench import files
 from pflbench.errors import RunBusy, RunError, at_least_one
-from pflbench.store import schema
+from pflbench.store import partial, schema
 from pflbench.store.checkpoint import LOGS, Checkpoint, checkpoints
+from pflbench.store.locks import locked
 from pflbench.store.memory import Notice
 from pflbench.store.provenance import outdated
 from pflbench.store.record import Record, Row
 from pflbench.store.states import ClientStates, StateRef, load_state, save_state
 
 if TYPE_CHECKING:
-    import filelock
-
     from pflbench.core.algorithm import Algorithm
     from pflbench.core.params import State
 
@@ -56,8 +54,7 @@ class Folder:
         A run with a record is computed with `force`, and with `resume` if a forced run was interrupted. `notice` gets a
         remark if the present code may give other numbers.
         """
-        interrupted = (self.out / f"{run}.partial").exists()
-        if self.force or not (self.out / run).exists() or (self.resume and interrupted):
+        if self.force or not (self.out / run).exists() or (self.resume and partial.of_run(self.out, run)):
             return None
         record = Record.load(self.out / run)
         if what := outdated(record.to_dict(), algorithm):
@@ -70,82 +67,109 @@ class Folder:
     ) -> "Iterator[Writer | Record]":
         """Lock the run against other processes, and yield its writer; or the record, if it has appeared meanwhile.
 
-        To resume an interrupted run, its rows and states are read into `record`. The system frees the lock when this
-        process ends for any reason. Raises `RunBusy` when another process computes the run; `RunError` when no
-        checkpoint is good, or when the checkpoint is of other data or of another pflbench.
+        To resume an interrupted run, its rows and states are read into `record`. When the block ends without a record,
+        everybody may resume the run. Raises `RunBusy` when another process computes the run, or takes it over during
+        the block; `RunError` when no checkpoint is good, or when the checkpoint is of other data or of another
+        pflbench.
         """
-        import filelock
-
-        try:
-            with lock(self.out, record.id).acquire(timeout=0):
+        with locked(self.out, record.id):
+            writer = Writer(self, record)
+            # An earlier process may have been killed between the last write and the rename.
+            if not self.force and writer.publish_complete():
                 writer = Writer(self, record)
-                if not self.force:
-                    # An earlier process may have been killed between the last write and the rename.
-                    writer.publish_complete()
-                if found := self.find(record.id, algorithm, notice):
-                    yield found
-                else:
-                    with files.writing(writer.folder):
-                        writer.start(initial, notice)
+            if found := self.find(record.id, algorithm, notice):
+                yield found
+            else:
+                with writer.computing():
+                    writer.start(initial, notice)
                     yield writer
-        except filelock.Timeout:
-            raise RunBusy(f"run {record.id} is being computed by another process; wait for it to end") from None
-
-
-def lock(out: Path, run: str) -> "filelock.BaseFileLock":
-    """Return the lock of a run."""
-    import filelock
-
-    locks = out / ".locks"
-    with files.writing(locks):
-        locks.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(locks / run)
 
 
 class Writer:
-    """Writes one run's folder. `states` is the folder of its states and uploads."""
+    """Writes one run's folder, a partial folder of this process. `states` is the folder of its states and uploads.
+
+    Raises `RunBusy` when the run has a partial folder whose owner may live.
+    """
 
     def __init__(self, store: Folder, record: Record) -> None:
         self._record = record
         self._resume = store.resume and not store.force
         self._every = store.checkpoint_every
         self._final = store.out / record.id
-        self.folder = store.out / f"{record.id}.partial"
+        self._replaced = _stamp(self._final)  # the record in whose place ours comes
+        self._abandoned = partial.abandoned(store.out, record.id)
+        self._life = partial.Life()
+        self._begun = self._published = False
+        self.folder = partial.own(store.out, record.id)
         self.states = self.folder / "checkpoint"
         self._logs = {name: (0, hashlib.sha256()) for name in LOGS}
         self._known: set[str] = set()
         self._server: tuple[int, StateRef] | None = None  # the newest written state, after its round
 
-    def start(self, initial: "State", notice: Notice) -> None:
-        """Make the folder, or read the files of an interrupted run in it."""
-        found = checkpoints(self.states)
-        if self._resume and found:
-            self._read(found, notice)
-            return
-        if self.folder.exists():
-            # run.json marks a complete folder, so it is deleted first: a kill during the rest must not leave it behind.
-            (self.folder / "run.json").unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
-        self.states.mkdir(parents=True)
-        self._initial = save_state(initial, self.states, "initial.safetensors")
-        self._record.client_states = ClientStates(self._record.spec.clients, initial, {}, self.states)
-        for name in LOGS:
-            self._append(name, [])
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Give the folder back if the block does not publish it. Raises `RunBusy` if another process took it over."""
+        try:
+            yield
+        except Exception:
+            # All writes and reads fail then, in this process and in its workers, each with its own error.
+            if self._begun and not self._published and not self.folder.exists():
+                raise RunBusy(
+                    f"run {self._record.id} was taken over by another process ({self.folder} is gone); "
+                    "nothing was damaged; wait for it to end"
+                ) from None
+            raise
+        finally:
+            self._life.end()
+            partial.give_back(self.folder)
 
-    def _read(self, found: list[Path], notice: Notice) -> None:
-        for path in (self.folder, self.states, *self.folder.iterdir(), *self.states.iterdir()):
+    def start(self, initial: "State", notice: Notice) -> None:
+        """Make the folder, or take over the folder of an interrupted run and read its files."""
+        with files.writing(self.folder):
+            found = {path: [int(p.stem) for p in checkpoints(path / "checkpoint")] for path in self._abandoned}
+            furthest = max(self._abandoned, key=lambda path: max(found[path], default=0), default=None)
+            if self._resume and furthest is not None and found[furthest]:
+                self._take(furthest)
+                self._read(notice)
+            else:
+                self.folder.mkdir()
+                self._begun = True
+                self.states.mkdir()
+                self._life.begin(self.folder)
+                self._initial = save_state(initial, self.states, "initial.safetensors")
+                self._record.client_states = ClientStates(self._record.spec.clients, initial, {}, self.states)
+                for name in LOGS:
+                    self._append(name, [])
+            # They are deleted once this run's folder shows signs of life: to delete them may take minutes.
+            for path in self._abandoned:
+                partial.discard(path)
+
+    def _take(self, found: Path) -> None:
+        partial.take_over(found, self.folder)
+        self._abandoned.remove(found)
+        self._begun = True
+
+    def _read(self, notice: Notice) -> None:
+        for path in (self.folder, *self.folder.iterdir(), *self.states.iterdir()):
             if path.is_symlink():  # we would write to its target
-                raise RunError(f"{path} is a symbolic link, which no run makes; --force starts from round 1")
+                what = f"{path.name} in the folder of run {self._record.id}"
+                raise RunError(f"{what} is a symbolic link, which no run makes; --force starts from round 1")
+        self._life.begin(self.folder)
+        found = checkpoints(self.states)
         good = self._newest_good(found, notice)
         basis = {"device": "cpu", **good.basis}  # before there were devices, all was computed on the CPU
         if changed := [name for name, sha in self._basis().items() if basis.get(name) != sha]:
             what = ", ".join(changed)
-            raise RunError(f"{self.folder}: {what} changed since it was written; --force starts from round 1")
+            raise RunError(f"run {self._record.id}: {what} changed since it was written; --force starts from round 1")
         record = self._record
         rows = {"rounds.jsonl": record.rounds, "evaluations.jsonl": record.evaluations, "clients.jsonl": record.clients}
+        # If the former owner still lives, it may be in the middle of writing a file: we write to other files.
+        for path in (*self.folder.iterdir(), *self.states.glob("writing-*")):
+            if path.is_file() and path.name not in (*LOGS, partial.SIGN):
+                path.unlink()
         for name, (length, _) in good.logs.items():
-            os.truncate(self.folder / name, length)
-            data = (self.folder / name).read_bytes()
+            data = (self.folder / name).read_bytes()[:length]
+            files.write(self.folder / name, data)
             self._logs[name] = (length, hashlib.sha256(data))
             rows[name].extend(json.loads(line) for line in data.decode().splitlines())
         for newer in found[: found.index(self.states / f"{good.round:06}.json")]:
@@ -166,7 +190,7 @@ class Writer:
                 notice(f"checkpoint of round {int(path.stem)} cannot be used: {error}")
             else:
                 return checkpoint
-        raise RunError(f"{self.folder} has no checkpoint that can be used; --force starts from round 1")
+        raise RunError(f"run {self._record.id} has no checkpoint that can be used; --force starts from round 1")
 
     def add_round(self, row: Row) -> None:
         """Append a round's line."""
@@ -248,19 +272,45 @@ class Writer:
         record.client_states.folder = self._final / "checkpoint"
         record.path = self._final
 
-    def publish_complete(self) -> None:
-        """Rename the folder to its final name if it is complete."""
-        if (self.folder / "run.json").exists():
-            with files.writing(self.folder):
-                self._publish()
+    def publish_complete(self) -> bool:
+        """Publish an abandoned folder if it is complete; return whether there was one."""
+        complete = next((path for path in self._abandoned if (path / "run.json").exists()), None)
+        if complete is None:
+            return False
+        with self.computing(), files.writing(complete):
+            self._take(complete)
+            self._publish()
+        return True
 
     def _publish(self) -> None:
-        old = self._final.with_suffix(".old")
-        if old.exists():
-            shutil.rmtree(old)
-        (self.folder / "clients.jsonl").unlink(missing_ok=True)
-        if self._final.exists():
-            self._final.rename(old)
-        self.folder.rename(self._final)
-        if old.exists():
-            shutil.rmtree(old)
+        """Rename the folder to its final name.
+
+        If another process has published this run since the start, then its record stays: it is equal.
+        """
+        self._life.end()
+        for name in ("clients.jsonl", partial.SIGN):
+            (self.folder / name).unlink(missing_ok=True)
+        old = self.folder.with_suffix(".old")  # a name of this process alone
+        if _stamp(self._final) in (None, self._replaced):
+            with contextlib.suppress(FileNotFoundError):
+                self._final.rename(old)
+            try:
+                self.folder.rename(self._final)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    old.rename(self._final)
+                if not self.folder.exists() or _stamp(self._final) in (None, self._replaced):
+                    raise
+        self._published = True
+        partial.discard(self.folder)  # only if another process was first
+        for path in self._final.parent.glob(f"{self._final.name}.*"):
+            if path.suffix == ".old":
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _stamp(record: Path) -> tuple[int, int] | None:
+    """Return what tells a record from another one that comes in its place; None without a record."""
+    with contextlib.suppress(OSError):
+        found = (record / "run.json").stat()
+        return found.st_ino, found.st_mtime_ns
+    return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from pflbench.errors import UsageError
 from pflbench.spec import RunSpec
 from pflbench.store import schema
+from pflbench.store.partial import run_of
 
 _FEWEST = 4  # characters of an id that are enough to name a run
 
@@ -48,8 +49,9 @@ def find(text: str, out: Path) -> Path:
     path = Path(text)
     if path.exists() or path.name != text or not out.is_dir():
         return path
-    # A record comes after an interrupted repetition of the same run, and so replaces it.
-    known = {_id(p): p for p in sorted(schema.folders([out]), key=lambda p: p.suffix == "") if _is_run(p)}
+    # A record comes after a partial folder of the same run, and this after a replaced record; the last one counts.
+    order = {".old": 0, ".partial": 1}
+    known = {run_of(p): p for p in sorted(schema.folders([out]), key=lambda p: order.get(p.suffix, 2)) if _is_run(p)}
     matching = [run for run in known if run.startswith(text)] if len(text) >= _FEWEST else []
     if text in matching or len(matching) == 1:
         return known[text if text in matching else matching[0]]
@@ -69,18 +71,14 @@ def _is_run(path: Path) -> bool:
     return (path / "run.json").is_file() or (path.is_dir() and path.suffix == ".partial")
 
 
-def _id(path: Path) -> str:
-    return path.name.removesuffix(".partial").removesuffix(".old")
-
-
 def _entry(path: Path) -> Entry:
     if path.suffix == ".partial":
         rounds = [int(p.stem) for p in (path / "checkpoint").glob("*.json") if p.stem.isdecimal()]
-        return Entry(_id(path), path, "unfinished", rounds=max(rounds, default=0))
+        return Entry(run_of(path), path, "unfinished", rounds=max(rounds, default=0))
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if run["schema"] not in schema.READABLE:
-            return Entry(_id(path), path, "unreadable", f"record schema {run['schema']}")
+            return Entry(run_of(path), path, "unreadable", f"record schema {run['schema']}")
         return Entry(
             id=str(run["id"]),
             path=path,
@@ -91,7 +89,7 @@ def _entry(path: Path) -> Entry:
             accuracy=run["summary"].get("last", {}).get("accuracy"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
-        return Entry(_id(path), path, "unreadable", " ".join(str(error).split()))
+        return Entry(run_of(path), path, "unreadable", " ".join(str(error).split()))
 
 
 def _order(spec: RunSpec | None) -> tuple[object, ...]:

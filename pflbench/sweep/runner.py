@@ -21,6 +21,7 @@ from pflbench.engine.observers import Observer
 from pflbench.engine.runner import run_experiment
 from pflbench.errors import PflbenchError, RunBusy
 from pflbench.spec import RunSpec
+from pflbench.store import partial
 from pflbench.store.folder import Folder
 from pflbench.store.provenance import outdated
 
@@ -136,6 +137,8 @@ class _Sweep:
         finally:
             # Their workers end with them. Their checkpoints are not damaged by this.
             end_children((connection, process) for connection, (_, process) in self._active.items())
+            for run, process in self._active.values():
+                partial.give_back_of(self._out, run.id, process.pid)
         return self._failed
 
     def _start(self, run: Experiment) -> None:
@@ -152,6 +155,7 @@ class _Sweep:
             kind, value = connection.recv()
         except EOFError:
             process.join()
+            partial.give_back_of(self._out, run.id, process.pid)
             kind, value = "failed", f"its process ended with exit code {process.exitcode}"
         if kind in ("round", "evaluation"):
             self._on_event(Event(kind, run, row=value))
