@@ -143,7 +143,9 @@ def test_an_orderly_end_leaves_a_folder_without_an_owner(start, tmp_path, monkey
     folder.rename(tmp_path / "runs" / f"{run}.partial")  # of an earlier version of pflbench, too
 
     def fail(*_args):
-        assert [partial._OWNED.fullmatch(name)["pid"] for name in names(tmp_path / "runs")] == [str(os.getpid())]
+        (mine,) = (tmp_path / "runs").glob("*.partial")
+        assert partial._OWNED.fullmatch(mine.name)["pid"] == str(os.getpid())
+        assert (mine / "alive").exists()
         raise ZeroDivisionError
 
     monkeypatch.setattr(registry.algorithm("fedas"), "local_update", fail)
@@ -218,6 +220,7 @@ def test_an_owner_that_was_stopped_for_long_ends_with_one_line_and_damages_nothi
 ):
     child = Child(lambda: start(observers=[At(2, stop)], executor=executor, workers=2))
     assert child.wait_for_stop()
+    assert list(tmp_path.glob("runs/*.partial/alive"))
     with pytest.raises(RunBusy, match="last sign of life"):
         start(**settings)
     monkeypatch.setattr(partial, "_STALE", 0.0)
@@ -270,16 +273,17 @@ def test_an_owner_that_is_stopped_before_any_of_its_writes_damages_nothing(start
     assert number > 20
 
 
-def test_a_line_that_a_stopped_owner_has_begun_to_write_does_not_reach_the_new_owners_log(
-    start, tmp_path, whole, monkeypatch
+@pytest.mark.parametrize(("name", "number"), [("rounds.jsonl", 3), ("writing-run.json", 0)])
+def test_what_a_stopped_owner_has_begun_to_write_does_not_reach_the_new_owners_files(
+    start, whole, monkeypatch, name, number
 ):
     opened = Path.open
-    lines = iter(range(9))
+    times = iter(range(9))
 
     def work():
         def stopping(path, *args, **options):
             file = opened(path, *args, **options)
-            if path.name == "rounds.jsonl" and next(lines) == 3:  # the line of round 3
+            if path.name == name and next(times) == number:
                 stop()
             return file
 
@@ -290,8 +294,10 @@ def test_a_line_that_a_stopped_owner_has_begun_to_write_does_not_reach_the_new_o
     assert child.wait_for_stop()
     monkeypatch.setattr(partial, "_STALE", 0.0)
     record = start()
+    before = (record.path / "run.json").read_bytes()
     assert_taken_over(child.end(), record.id)
     assert content(record.path) == whole
+    assert (record.path / "run.json").read_bytes() == before
 
 
 def test_processes_that_take_a_run_from_each_other_end_with_one_whole_record(start, tmp_path, whole, monkeypatch):
@@ -324,26 +330,27 @@ def test_of_two_processes_that_both_finish_a_run_one_publishes_it(start, tmp_pat
     assert content(tmp_path / "runs" / run) == whole
 
 
-def test_a_process_that_is_stopped_in_the_middle_of_publishing_leaves_the_record_of_the_other(
-    start, tmp_path, whole, monkeypatch
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_a_process_that_is_stopped_when_it_publishes_leaves_the_record_of_the_other(
+    start, tmp_path, whole, monkeypatch, moment
 ):
     record = start()
     monkeypatch.setattr(partial, "abandoned", lambda *_: [])
-
     stops = []
 
     def work():
-        def hook(event, args):
+        def hook(event, args):  # the old record is aside then
             if event == "os.rename" and Path(args[1]) == record.path and not stops:
                 stops.append(1)
                 stop()
 
-        sys.addaudithook(hook)
-        start(force=True)
+        if moment == "within":
+            sys.addaudithook(hook)
+        start(force=True, observers=[At(5, stop)] if moment == "before" else [])
 
     child = Child(work)
     assert child.wait_for_stop()
-    assert not record.path.exists()
+    assert record.path.exists() == (moment == "before")
     start(force=True)
     theirs = (record.path / "run.json").stat()
     assert child.end() == "done"
