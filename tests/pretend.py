@@ -3,18 +3,13 @@
 Its tensors say `pretend:0`, compute real numbers on the CPU, and refuse to meet CPU tensors, as those of a GPU do. It
 counts synchronisations: the times that the CPU would wait for the device. As on CUDA, CPU scalars of no dimension may
 meet device tensors, and `t[i]` takes an index on the CPU.
-
-A process that has computed gradients on a device can fork no process that does. So these tests run in their own.
 """
 
-import functools
-import multiprocessing
-import traceback
+import contextlib
 from collections import Counter
 
 import pytest
 import torch
-from torch._dynamo import disable  # noqa: F401  torch imports this at the first gradient on a device: once, not in every fork
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -26,6 +21,7 @@ try:  # a private name of torch
 except ImportError:
     pytest.skip("this torch has no backends in Python", allow_module_level=True)
 
+_setup_privateuseone_for_python_backend("pretend")
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
 WAITS = {aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.equal.default}
@@ -98,34 +94,11 @@ def reset():
     computed.clear()
 
 
-def on_pretend(test):
-    """Run a test in a forked process that has two devices of type "pretend"."""
-
-    def body(sender, kw):
-        try:
-            _setup_privateuseone_for_python_backend("pretend")
-            found = Devices("pretend", 2, {"name": "Pretend 3000", "capability": "1.0"})
-            with pytest.MonkeyPatch.context() as patch, _Mode():
-                patch.setitem(device.TYPES, "pretend", lambda: found)
-                test(**kw)
-        except BaseException:
-            sender.send(traceback.format_exc())
-        else:
-            sender.send("")
-
-    @functools.wraps(test)
-    def run(**kw):
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(False)
-        process = context.Process(target=body, args=(sender, kw))
-        process.start()
-        sender.close()
-        try:
-            text = receiver.recv()
-        except EOFError:
-            text = "the test's process died"
-        process.join()
-        if text:
-            pytest.fail(text, pytrace=False)
-
-    return run
+@contextlib.contextmanager
+def devices(count):
+    """Give this process `count` devices of type "pretend"; the counters begin at 0."""
+    reset()
+    found = Devices("pretend", count, {"name": "Pretend 3000", "capability": "1.0"})
+    with pytest.MonkeyPatch.context() as patch, _Mode():
+        patch.setitem(device.TYPES, "pretend", lambda: found)
+        yield

@@ -100,6 +100,7 @@ def run(
     executor: str = "serial",
     workers: int | None = None,
     device: str = "cpu",
+    ray_address: str | None = None,
     notice: Callable[[str], None] = lambda _: None,
     out: Path | None = None,
     **settings: Any,
@@ -108,8 +109,8 @@ def run(
     federation = federation or pflbench.Federation.from_arrays(oracle.arrays(), classes=3)
     wanted = spec(algo, hyper, **{"clients": len(federation.clients), **settings})
     return pflbench.run(
-        wanted, federation, net or net_for(algo), executor=executor, workers=workers, device=device, notice=notice,
-        out=out,
+        wanted, federation, net or net_for(algo), executor=executor, workers=workers, device=device,
+        ray_address=ray_address, notice=notice, out=out,
     )  # fmt: skip
 
 

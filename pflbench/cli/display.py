@@ -130,6 +130,9 @@ class Sweeping:
         elif event.kind == "evaluation":
             assert event.row is not None  # noqa: S101
             self._accuracy[run] = event.row["accuracy"]
+        elif event.kind == "lost":
+            if not self._quiet:
+                self._print(f"{run}  {self._label[run]}  {event.reason}; it is started again")
         else:
             self._ended += 1
             self._bar.update(self._task, runs=f"{self._ended}/{len(self._left)}")

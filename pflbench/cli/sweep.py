@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,13 +12,22 @@ from pflbench.errors import PflbenchError, UsageError, at_least_one, unknown
 from pflbench.sweep.suite import Suite, labels, suites
 
 if TYPE_CHECKING:
+    from pflbench.engine.execution import Execution
     from pflbench.engine.experiment import Experiment
+    from pflbench.sweep.places import Here
+    from pflbench.sweep.remote import Cluster
 
 
 @click.command("sweep")
 @click.argument("suite", required=False)
 @options.spec(many=True)
-@click.option("--jobs", metavar="INT", help="runs at once, of one worker each  [default: one per core]")
+@click.option(
+    "--jobs", metavar="INT", help="runs at once, of one worker each  [default: one per core, or four per GPU]"
+)
+@click.option("--executor", metavar="TEXT", help="processes (here) or ray (a task of the cluster for each run)  "
+              "[default: processes]")  # fmt: skip
+@options.device
+@options.ray_address
 @options.out("runs", "records")
 @options.data_dir
 @click.option("--retry", is_flag=True, help="run failed runs again, and interrupted runs from the beginning")
@@ -30,6 +39,9 @@ if TYPE_CHECKING:
 def command(
     suite: str | None,
     jobs: str | None,
+    executor: str | None,
+    device: str | None,
+    ray_address: str | None,
     out: str,
     data_dir: str | None,
     retry: bool,
@@ -47,19 +59,19 @@ def command(
 
     Finished runs are skipped and interrupted runs are resumed: to continue an interrupted sweep, start it again.
     """
-    from pflbench.engine.cores import cores
-
     chosen = Suite() if suite is None else read_suite(suite)
     specs = chosen.narrowed({name: values for name, values in given.items() if values})
     if not specs:
         raise UsageError("sweep: nothing to run; give a suite, or options such as --algo fedas --algo fedavg")
     folder = options.folder("out", out)
-    count = cores() if jobs is None else options.integer("jobs", jobs)
-    at_least_one("jobs", count)
+    count = None if jobs is None else options.integer("jobs", jobs)
+    if count is not None:
+        at_least_one("jobs", count)
     data = options.data_folder(data_dir)
 
     from pflbench.sweep import runner, spread
 
+    how = _execution({"executor": executor, "device": device, "ray_address": ray_address})
     runs = runner.plan(specs, data, options.notice, download=not (dry_run or as_commands))
     if shard is not None:
         runs = spread.shard(runs, shard)
@@ -93,8 +105,8 @@ def command(
             f"{folder} is on a network file system ({system}), where locks may not hold; if several machines compute "
             "this sweep, give each its part with --shard"
         )
-    with Sweeping(runs, found, quiet=quiet or as_json) as progress:
-        failed = runner.compute(runs, folder, jobs=count, retry=retry, on_event=progress.event)
+    with _place(folder, how, count, retry=retry) as place, Sweeping(runs, found, quiet=quiet or as_json) as progress:
+        failed = runner.compute(runs, folder, place, retry=retry, on_event=progress.event)
     if as_json:
         ended = {run.id: runner.status(run, folder) for run in runs}
         computed = sum(status is None for status in found.values())
@@ -106,6 +118,28 @@ def command(
             click.echo(f"failed: {run.id} {label}: {failed[run.id]}", err=True)
     if failed:
         raise PflbenchError(f"{len(failed)} of {len(runs)} runs failed")
+
+
+def _execution(given: dict[str, Any]) -> "Execution":
+    """Return how the runs are computed. Raises `UsageError` for an executor that sweeps do not have."""
+    from pflbench.engine.execution import Execution
+
+    found = Execution(**options.execution(given))
+    found.check()
+    if found.executor == "serial":
+        raise UsageError("executor: a sweep has processes and ray; for one run at a time, use --jobs 1")
+    return found
+
+
+def _place(out: Path, how: "Execution", jobs: int | None, *, retry: bool) -> "Here | Cluster":
+    """Return where the runs are computed."""
+    if how.executor == "ray":
+        from pflbench.sweep.remote import Cluster
+
+        return Cluster(out, how, jobs=jobs, retry=retry)
+    from pflbench.sweep.places import Here
+
+    return Here(out, jobs=jobs, retry=retry, device=how.device)
 
 
 def names(datasets: set[str], data_dir: Path | None) -> dict[str, str]:

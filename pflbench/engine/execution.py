@@ -91,6 +91,12 @@ class Execution:
         devices: Devices = found
         return devices
 
+    def use_only(self, number: int) -> None:
+        """Let this process, which has not used the device yet, see only the device of this number."""
+        if self.device == "cuda":
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[number] if seen else str(number)
+
 
 DEFAULT = Execution()
 

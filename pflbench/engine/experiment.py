@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from pflbench.spec import RunSpec
 from pflbench.store.memory import Notice
 from pflbench.store.provenance import source_fingerprint
 from pflbench.store.states import check_state
+
+if TYPE_CHECKING:
+    from pflbench.datasets.dataset import Dataset
 
 OWN = "own_model"
 """The part of a client's stored state with its own model, if that is tested; the method does not see it."""
@@ -178,9 +181,14 @@ def prepare(
 def load_federation(spec: RunSpec, data_dir: Path) -> Federation:
     """Return the clients that the resolved `spec` describes. Raises `UsageError` when the partition is impossible."""
     from pflbench import datasets
+
+    return federation_of(spec, datasets.load(spec.dataset, data_dir))
+
+
+def federation_of(spec: RunSpec, data: "Dataset") -> Federation:
+    """Return the clients of the resolved `spec` and its dataset `data`. Raises `UsageError` as `load_federation`."""
     from pflbench.datasets.partitioners import make
 
-    data = datasets.load(spec.dataset, data_dir)
     parts = make(data.labels, data.n_train, len(data.classes), **spec.partition_settings())
     return Federation.from_dataset(data, parts)
 

@@ -1,13 +1,9 @@
-"""Workers on the nodes of a Ray cluster. Only this module imports Ray."""
+"""Workers on the nodes of a Ray cluster."""
 
 import contextlib
-import logging
-import os
 import pickle
-import signal
-import socket
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import ray
@@ -16,99 +12,19 @@ from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from pflbench.core.device import Devices
-from pflbench.engine.cores import cores
-from pflbench.engine.execution import PER_GPU, Execution
-from pflbench.engine.executors.node import packed, sources
+from pflbench.engine.cluster import actor, connected, first_line, room
+from pflbench.engine.execution import Execution
+from pflbench.engine.executors.node import Node, code, packed
 from pflbench.engine.executors.pool import Link, Pool, WorkerDied
 from pflbench.engine.executors.wire import common, dumps
 from pflbench.engine.experiment import Experiment
 from pflbench.engine.work import Job, Result, Work
 from pflbench.errors import RunError, UsageError
 from pflbench.store.memory import Notice
-from pflbench.store.provenance import versions
 
-_ANSWER = 10.0  # seconds in which the address must accept a connection
 _FIRST = 300.0  # seconds in which the first worker must be ready: a node may read torch from a slow disk
 _OTHERS = 30.0  # seconds to wait for another worker after the last one was ready
 _ROOM = 60.0  # seconds to wait for a core when all workers are lost
-
-
-@contextlib.contextmanager
-def connected(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to the cluster at `address`; with None, start Ray with `cpus` cores on this machine, and end it.
-
-    Raises `UsageError` when nobody answers, or when this process uses Ray already.
-    """
-    if ray.is_initialized():
-        raise UsageError("executor: this process uses Ray already; call ray.shutdown() first")
-    if address is not None:
-        _call(address)
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # its errors come as exceptions
-    # Ray sets a handler of SIGTERM, and would send statistics of its use.
-    before = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False} if address is None else {}
-    try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.CRITICAL,
-            **own,
-        )
-    except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"the Ray cluster at {address}" if address else "Ray on this machine"
-        raise UsageError(f"ray_address: cannot use {where}: {_first_line(error)}") from None
-    finally:
-        if before is not None and signal.getsignal(signal.SIGTERM) is not before:
-            with contextlib.suppress(ValueError):  # not in the main thread: then Ray has set none
-                signal.signal(signal.SIGTERM, before)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _call(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"ray_address: nobody answers at {address} ({_first_line(error)}); `ray status` on the head node shows "
-            "its address"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _actor() -> Any:
-    """Return the actor's class. It is local, so that Ray sends its code: a node without pflbench can say so."""
-
-    class Actor:
-        def begin(self, arrays: Any, wanted: dict[str, str], device: str) -> Any:
-            import socket
-
-            host = socket.gethostname()
-            try:
-                from pflbench.engine.executors.node import Node
-                from pflbench.errors import PflbenchError
-            except ModuleNotFoundError as error:
-                return host, f"no module {error.name!r}; install the same packages there"
-            try:
-                self._node = Node(arrays, wanted, device)
-                return host, self._node.identity()
-            except ModuleNotFoundError as error:
-                return host, f"no module {error.name!r}; install the same packages there"
-            except PflbenchError as error:
-                return host, str(error)
-
-        def do(self, number: int, common: Any, job: bytes) -> bytes:
-            return self._node.do(number, common, job)
-
-    return ray.remote(max_restarts=0, max_task_retries=0)(Actor)
 
 
 class Ray(Pool):
@@ -134,14 +50,11 @@ class Ray(Pool):
         self._probe: str | None = None
 
     def __enter__(self) -> Self:
-        execution = self._execution
         with self._stack:
-            self._stack.enter_context(connected(execution.ray_address, execution.workers or cores()))
-            self._actor = _actor()
-            work = Work(self._experiment, None)
-            _ = work.experiment.setup, work.experiment.federation, work.experiment.net
-            self._packed = ray.put(packed(work, cloudpickle.CloudPickler))
-            self._sources = sources(self._experiment.algorithm)
+            self._stack.enter_context(connected(self._execution, self._execution.workers))
+            _ = self._experiment.setup  # it is sent with the work
+            self._packed = ray.put(packed(Work(self._experiment, None), cloudpickle.CloudPickler))
+            self._code = code(self._experiment.algorithm)
             self._grow()
             self._gather()
             self._stack = self._stack.pop_all()
@@ -157,30 +70,20 @@ class Ray(Pool):
         return {
             "workers": len(self._links),
             "device": found.describe(),
-            "nodes": len({link.host for link in self._links}),
+            "nodes": len({link.node for link in self._links}),
             "processors": dict(processors),
         }
 
-    def _room(self) -> int:
-        """Return how many actors the cluster has room for."""
-        has = ray.cluster_resources()  # type: ignore[no-untyped-call, unused-ignore]
-        room = has.get("CPU", 0) if self._execution.device == "cpu" else has.get("GPU", 0) * PER_GPU
-        return min(self._execution.workers or int(room), self._experiment.spec.clients)
-
     def _grow(self) -> None:
-        """Ask for as many actors as there is room for."""
-        room = self._room()
-        if not room and not self._links:
-            kind = "cores" if self._execution.device == "cpu" else "GPUs"
-            raise UsageError(f"ray_address: the Ray cluster has no {kind}")
-        for _ in range(room - len(self._links) - len(self._joining)):
+        """Ask for as many actors as the cluster has room for."""
+        wanted = min(self._execution.workers or room(self._execution.device), self._experiment.spec.clients)
+        for _ in range(wanted - len(self._links) - len(self._joining)):
             self._ask()
 
     def _ask(self) -> None:
-        device = self._execution.device
-        share = {} if device == "cpu" else {"num_gpus": 1 / PER_GPU}
-        actor = self._actor.options(num_cpus=1, **share).remote()
-        self._joining[actor.begin.remote(self._packed, versions(), device)] = actor
+        new = actor(self._execution.device)
+        ref = new.begin.remote(Node.__module__, Node.__name__, self._packed, self._code, self._execution.device)
+        self._joining[ref] = new
 
     def _gather(self) -> None:
         """Wait for the first actors, and keep the largest group of those that compute the same bits."""
@@ -205,17 +108,12 @@ class Ray(Pool):
 
     def _joined(self, ref: Any) -> "RayLink | str":
         """Return the link to an actor that is ready, or why it cannot be used."""
-        actor = self._joining.pop(ref)
+        new = self._joining.pop(ref)
         try:
-            host, found = ray.get(ref)
+            host, node, found = ray.get(ref)
         except RayError as error:
-            return f"a worker could not start: {_first_line(error)}"
-        if isinstance(found, str):
-            return f"node {host} has {found}"
-        for name, sha in self._sources.items():
-            if found["sources"].get(name) != sha:
-                return f"node {host} has another source of {name}; install the same version there"
-        return RayLink(self, actor, host, found)
+            return f"a worker could not start: {first_line(error)}"
+        return f"node {host} has {found}" if isinstance(found, str) else RayLink(self, new, host, node, found)
 
     def _refuse(self, link: "RayLink") -> None:
         """Say that an actor computes other bits, and end it."""
@@ -255,11 +153,12 @@ class Ray(Pool):
 
 
 class RayLink:
-    """An actor that is ready: its host, and its identity as `Node.identity` returned it."""
+    """An actor that is ready: its host, Ray's node, and its identity as `Node.identity` returned it."""
 
-    def __init__(self, pool: Ray, actor: Any, host: str, identity: dict[str, Any]) -> None:
+    def __init__(self, pool: Ray, actor: Any, host: str, node: str, identity: dict[str, Any]) -> None:
         self.actor = actor
         self.host = host
+        self.node = node
         self.identity = identity
         self.ref: Any = None
         self._pool = pool
@@ -268,7 +167,7 @@ class RayLink:
         """See `Link`."""
         pool = self._pool
         numbers = {tensor: number for number, tensor in enumerate(pool._shared)}
-        self.ref = self.actor.do.remote(pool._number, pool._common, dumps(job, pool._shared, numbers))
+        self.ref = self.actor.call.remote("do", pool._number, pool._common, dumps(job, pool._shared, numbers))
 
     def receive(self) -> Result | Exception:
         """See `Link`."""

@@ -1,0 +1,93 @@
+"""A run of a sweep that is computed on another machine: what happens there. Without Ray."""
+
+import dataclasses
+import io
+import queue
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from pflbench.core.device import TYPES
+from pflbench.engine.execution import Execution
+from pflbench.engine.executors.node import Arrays, agree, unpacked
+from pflbench.engine.experiment import Experiment, federation_of
+from pflbench.store import partial
+from pflbench.store.folder import Folder
+from pflbench.sweep.places import Message, Teller, ended
+
+SHARE = 20
+"""An unfinished run's folder is sent at most in one of so many seconds."""
+
+
+def pack(folder: Path) -> bytes:
+    """Return a run's folder as a tar file, without signs of life and uploads."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.name != partial.SIGN and not path.name.startswith(("upload-", "writing-")):
+                tar.add(path, str(path.relative_to(folder)))
+    return stream.getvalue()
+
+
+def unpack(data: bytes, folder: Path) -> None:
+    """Write a packed folder to `folder`, which must not exist."""
+    folder.mkdir()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(folder, filter="data")
+
+
+class Away:
+    """Computes one run in a folder of this machine, and gives its messages one by one.
+
+    `run` is the packed experiment and `data` its packed dataset; `wanted` is the `code` at home. `folder` is the packed
+    folder of an interrupted run. The folder is sent back every `seconds`, and in the end. Raises `UsageError` when this
+    machine has other code or no such device; `ModuleNotFoundError` when a package is missing.
+    """
+
+    def __init__(
+        self, run: Arrays, data: Arrays, wanted: Mapping[str, str], device: str, folder: bytes | None, seconds: float
+    ) -> None:
+        agree(wanted)
+        experiment: Experiment = unpacked(run)
+        TYPES[device]()
+        self._run = dataclasses.replace(experiment, given_federation=federation_of(experiment.spec, unpacked(data)))
+        self._device, self._seconds = device, seconds
+        self._scratch = tempfile.TemporaryDirectory(prefix="pflbench-")
+        self._out = Path(self._scratch.name) / "runs"
+        self._out.mkdir()
+        if folder is not None:
+            unpack(folder, self._out / f"{experiment.id}.partial")
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._due = time.monotonic() + seconds
+
+    def identity(self) -> None:
+        """Begin to compute."""
+        threading.Thread(target=self._compute, daemon=True).start()
+
+    def next(self) -> Message:
+        """Return the next message; wait for it. In addition to the messages of `Place`: "folder" and "record"."""
+        return self._messages.get()
+
+    def _compute(self) -> None:
+        store, execution = Folder(self._out, resume=True), Execution("serial", device=self._device)
+        last = ended(self._run, store, execution, Teller(self._tell))
+        if (self._out / self._run.id).exists():
+            self._messages.put(("record", pack(self._out / self._run.id)))
+        else:
+            self._send_folder()
+        self._messages.put(last)
+
+    def _tell(self, message: Message) -> None:
+        self._messages.put(message)
+        if message[0] == "round" and time.monotonic() >= self._due:
+            self._send_folder()
+
+    def _send_folder(self) -> None:
+        began = time.monotonic()
+        for folder in partial.of_run(self._out, self._run.id):
+            self._messages.put(("folder", pack(folder)))
+        now = time.monotonic()
+        self._due = now + max(self._seconds, SHARE * (now - began))
