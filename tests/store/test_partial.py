@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +187,15 @@ def test_a_fresh_sign_of_life_is_respected_and_an_old_one_is_not(start, tmp_path
 
 @pytest.mark.parametrize("settings", [{"resume": False}, {"force": True}])
 def test_a_restart_deletes_abandoned_folders_alone(start, tmp_path, whole, monkeypatch, settings):
-    run, _ = remote(start, tmp_path)
+    run, folder = remote(start, tmp_path)
     monkeypatch.setattr(partial, "_STALE", 0.0)
+    delete = shutil.rmtree
+
+    def out_of_the_owners_reach(path, *args, **options):
+        assert not folder.exists()
+        delete(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", out_of_the_owners_reach)
     (tmp_path / "runs" / f"{run}0.partial").mkdir()
     rounds = []
     record = start(**settings, observers=[At(1, lambda: rounds.append(names(tmp_path / "runs")))])
@@ -293,7 +301,7 @@ def test_what_a_stopped_owner_has_begun_to_write_does_not_reach_the_new_owners_f
     child = Child(work)
     assert child.wait_for_stop()
     monkeypatch.setattr(partial, "_STALE", 0.0)
-    record = start()
+    record = start(executor="processes", workers=2)  # so that run.json differs from the other's
     before = (record.path / "run.json").read_bytes()
     assert_taken_over(child.end(), record.id)
     assert content(record.path) == whole
