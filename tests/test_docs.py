@@ -30,6 +30,8 @@ NOT_RUN = {
     "pytest tests/perf -o python_files='bench_*.py'": "takes minutes: tox -e perf",
     "pytest tests/perf/bench_round.py -o python_files='bench_*.py' --scale 1 --pairs 3": "takes minutes: tox -e perf",
     "tar -xf docs/results/fedas.tar.xz": "tests/test_results.py unpacks it",
+    "python tests/perf/scale.py": "tests/test_scale.py holds the page against its tables",
+    "python tests/perf/scale.py --measure": "takes minutes; a measurement, no test",
     "tox -e perf": "takes minutes; a regression check, no test",
 }  # fmt: skip
 
