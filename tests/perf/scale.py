@@ -4,11 +4,11 @@
 machine and computes real rounds, three times; it keeps the shortest times, and replaces that file. This takes minutes.
 """
 
+import argparse
 import functools
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from simulation import Cluster, Costs, Outcome, Part, Plan, Wire, plan_round, simulate, sizes
@@ -147,17 +147,17 @@ def of_rounds(measured: dict) -> str:
 TABLES = (of_costs, of_networks, of_nodes, of_lifts, of_rounds)
 
 
-def main(arguments: list[str]) -> None:
-    if arguments == ["--measure"]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure this machine first")
+    if parser.parse_args().measure:
         from costs import least, measure_all
 
         found = functools.reduce(least, (measure_all(list(NAMES)) for _ in range(PASSES)))
         MEASURED.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
-    elif arguments:
-        raise SystemExit(f"scale.py: unknown argument {arguments[0]!r}; use --measure, or nothing")
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     print("\n".join(table(measured) for table in TABLES), end="")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
