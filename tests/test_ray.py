@@ -325,11 +325,11 @@ QUICK = ["--dataset", "synthetic10", "--model", "mlp", "--clients", "4", "--join
 
 
 def rays():
-    """Return the processes of Ray on this machine."""
+    """Return the processes of Ray on this machine, except its agents: Ray leaves them behind after SIGKILL."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if any(name in path.read_bytes() for name in (b"raylet", b"gcs_server", b"ray::")):
+            if any(name in path.read_bytes() for name in (b"raylet/raylet", b"gcs/gcs_server", b"ray::Actor")):
                 found.add(path.parent.name)
         except OSError:
             continue
