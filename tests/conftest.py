@@ -172,3 +172,13 @@ def twice(methods: dict[str, Any]) -> str:
             return server
 
     return Twice.name
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes of one core each."""
+    from clusters import Cluster
+
+    found = Cluster()
+    yield found
+    found.close()

@@ -1,7 +1,6 @@
 """Ray, on a cluster of two nodes of one core each. All of it runs on this machine."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,46 +13,15 @@ import pytest
 import toy
 
 import pflbench
-from pflbench import RunError, UsageError, register
+from pflbench import UsageError, register
 from pflbench.algorithms.fedavg import FedAvg
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a cluster of several nodes on one machine needs Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="a cluster of several nodes on one machine needs Linux"),
+    pytest.mark.xdist_group("ray"),
+]
 SIZES = (30, 4, 11, 7)
-
-
-class Cluster:
-    """A real cluster whose nodes are on this machine."""
-
-    def __init__(self):
-        from ray.cluster_utils import Cluster as Made
-
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        memory = {"object_store_memory": 80 * 2**20}
-        self._made = Made(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
-        self._memory = memory
-        self.add()
-
-    @property
-    def address(self):
-        return self._made.address
-
-    def add(self):
-        self._second = self._made.add_node(num_cpus=1, **self._memory)
-
-    def remove(self):
-        """Remove the node that is not the head."""
-        self._made.remove_node(self._second, allow_graceful=False)
-
-    def close(self):
-        self._made.shutdown()
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    found = Cluster()
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -78,13 +46,10 @@ def serial(algo, **kw):
     return toy.run(algo, federation=toy.federation(SIZES), **kw)
 
 
-@pytest.mark.parametrize("algo", ["fedas", "fedavg", "fedala", "scaffold", "fedproto"])
-def test_two_nodes_compute_the_bits_of_serial(run, notes, tmp_path, algo):
-    record = run(algo, out=tmp_path)
-    assert prints(record) == prints(serial(algo))
-    assert notes == []
-    assert record.machine["executor"] == "ray"
-    assert (record.machine["workers"], record.machine["nodes"]) == (2, 2)
+def test_the_record_says_how_many_nodes_computed(run):
+    machine = run("fedavg").machine
+    assert machine["executor"] == "ray"
+    assert (machine["workers"], machine["nodes"], sum(machine["processors"].values())) == (2, 2, 2)
 
 
 def test_a_large_federation_and_a_network_of_a_script_travel(run):
@@ -105,52 +70,6 @@ def test_a_large_federation_and_a_network_of_a_script_travel(run):
     mlp = pflbench.build_model("mlp", (3, 8, 8), 3, seed=0)
     kw = {"federation": federation, "net": mlp}
     assert prints(run("fedas", **kw)) == prints(toy.run("fedas", **kw))
-
-
-@pytest.fixture
-def faulty(methods):
-    """A method whose client 1 does in round 2 what `fault`, a path to Python code, says."""
-
-    def make(fault):
-        @register("faulty")
-        class Faulty(FedAvg):
-            def local_update(self, client, received, state):
-                if client._key == (2, 1):
-                    exec(fault, {})
-                return super().local_update(client, received, state)
-
-    return make
-
-
-def once(path, code):
-    """Return code that runs `code` in the first process that comes here."""
-    return (
-        f"from pathlib import Path\nif not Path({str(path)!r}).exists():\n    Path({str(path)!r}).touch()\n    {code}\n"
-    )
-
-
-def test_an_actor_that_is_killed_is_replaced(run, notes, faulty, tmp_path):
-    faulty("")
-    expected = prints(serial("faulty"))
-    faulty(once(tmp_path / "was", "import os; os.kill(os.getpid(), 9)"))
-    record = run("faulty", out=tmp_path / "runs")
-    assert prints(record) == expected
-    (note,) = notes
-    assert "in round 2, client 1; another worker computes this again" in note
-    assert "worker on node" in note
-
-
-def test_a_job_that_kills_three_actors_is_an_error_that_names_round_and_client(run, faulty):
-    faulty("import os; os._exit(3)")
-    with pytest.raises(RunError, match=r"round 2, client 1; 3 workers died of this job"):
-        run("faulty")
-
-
-def test_an_error_in_a_method_comes_with_the_actors_traceback(run, faulty):
-    faulty("1 / 0")
-    with pytest.raises(ZeroDivisionError) as error:
-        run("faulty")
-    assert any("local_update" in note for note in error.value.__notes__)
 
 
 def test_a_node_that_is_removed_in_a_round_and_one_that_comes_between_rounds(
@@ -296,13 +215,6 @@ def test_ray_that_this_process_uses_already_is_left_alone(cluster):
         assert ray.is_initialized()
     finally:
         ray.shutdown()
-
-
-def test_the_handler_of_sigterm_stays_and_ray_is_gone_after_a_run(run):
-    before = signal.getsignal(signal.SIGTERM)
-    run("fedavg", rounds=1)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert not ray.is_initialized()
 
 
 # Without a cluster, Ray runs on this machine while the run lasts. And sweeps.
