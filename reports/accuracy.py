@@ -147,7 +147,7 @@ def accuracy_tables(runs: Runs, metric: str, selection: str, tests: Comparisons)
                 cells[str(method), int(str(setting))] = cell
         rows = in_order(group["method"].unique())
         algos = dict(zip(group["method"], group["algo"], strict=True))
-        notes = [*_mark(cells, columns, metric, tests), *_seeds(cells), *_sources(runs, algos)]
+        notes = [*_mark(cells, columns, metric, tests), *_seeds(cells), *_sources(runs, algos), *_devices(group)]
         title = describe(settings[settings["protocol"] == protocol].iloc[0], runs.columns)
         out.append(
             AccuracyTable(
@@ -223,6 +223,13 @@ def _sources(runs: Runs, algos: Mapping[str, str]) -> list[str]:
         f"Runs of {names} have different sources: the code of the method or of pflbench changed between them. Each "
         "source has a separate row, with the first six digits of its fingerprint. Nothing is averaged over sources."
     ]
+
+
+def _devices(runs: pd.DataFrame) -> list[str]:
+    """Return a note if several kinds of devices computed `runs`."""
+    kinds = [f"{kind} ({count} runs)" for kind, count in runs["device"].value_counts().sort_index().items()]
+    text = f"Several kinds of devices computed these runs: {', '.join(kinds)}. They differ in rounding."
+    return [text] if len(kinds) > 1 else []
 
 
 def labels(runs: Runs, settings: pd.DataFrame) -> dict[int, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ TABLES = ("runs", "rounds", "evaluations", "clients")
 class Runs:
     """Finished runs, as tidy tables.
 
-    `runs` has a row per run: `run` (its id), the `schema` of its record, every setting of its spec (`algo` is the
+    `runs` has a row per run: `run` (its id), the `schema` of its record, the `device`, every setting of its spec (`algo` is the
     method's id), `method` (the paper's name of the method, with its source and those hyperparameters in which runs of
     the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the total costs (`COSTS`), and
     `path`. Runs of one `setting` differ only in method, hyperparameters and seeds; settings of one `protocol` differ
@@ -257,6 +257,7 @@ def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
     return {
         "run": name,
         "schema": run["schema"],
+        "device": _device(run["machine"]),
         **contents.spec.to_dict(),
         **{f"{name}_fingerprint": value for name, value in fingerprints.items()},
         **{f"{name}_version": value for name, value in run["versions"].items()},
@@ -266,9 +267,15 @@ def _row(name: str, path: Path, contents: Contents) -> dict[str, Any]:
     }
 
 
+def _device(machine: Mapping[str, Any]) -> str:
+    """Return the type and the name of the devices that computed a run; records before 0.2 know only the CPU."""
+    device = machine.get("device", {})
+    return " ".join(str(device[name]) for name in ("type", "name") if name in device) or "cpu"
+
+
 def _no_setting(table: pd.DataFrame) -> list[str]:
     """Return the columns of `Runs.runs` in which runs of one setting may differ."""
-    excluded = ("run", "schema", "algo", "hyperparameters", "tested", "path", *SEEDS, *COSTS)
+    excluded = ("run", "schema", "device", "algo", "hyperparameters", "tested", "path", *SEEDS, *COSTS)
     found = [str(column) for column in table]
     return [c for c in found if c in excluded or c.endswith(("_fingerprint", "_version"))]
 

@@ -1,5 +1,6 @@
 """Bad input gives one line that names the value and the remedy, exit code 2, and no files."""
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -23,6 +24,7 @@ RUN = (
     "run --algo fedavg --dataset folder:{tree} --data-dir {data} --model mlp --clients 3 --join-ratio 1 --rounds 1 "
     "--local-epochs 1 --min-samples 2 --executor serial --out out "
 )
+RAY = RUN.replace("--executor serial", "--executor ray")
 DEAL = "partition --dataset folder:{tree} --data-dir {data} --clients 3 --min-samples 2 --out out "
 
 
@@ -122,7 +124,20 @@ LINES = {
     "norm": (RUN + "--model resnet18 --norm layer", "norm 'layer'", "choose from: batch, group"),
     "norm-without-layers": (RUN + "--model mlp --norm batch", "norm: the model 'mlp'", "leave it out"),
     "executor": (RUN + "--executor proceses", "'proceses'", "did you mean 'processes'?"),
-    "executor-empty": (RUN + "--executor ''", "''", "choose from: processes, serial"),
+    "executor-empty": (RUN + "--executor ''", "''", "choose from: processes, serial, ray"),
+    "device": (RUN + "--device gpu", "unknown device 'gpu'", "did you mean 'cpu'?"),
+    "device-near": (RUN + "--device CUDA", "unknown device 'CUDA'", "cuda"),
+    "device-numbered": (RUN + "--device cuda:1", "not 'cuda:1'", "CUDA_VISIBLE_DEVICES"),
+    "device-absent": (RUN + "--device mps", "device: mps needs a GPU of Apple", "leave --device out"),
+    "device-absent-workers": (RUN + "--device mps --executor processes", "this torch", "leave --device out"),
+    "ray-address-unused": (RUN + "--ray-address a:1", "only the executor ray", "--executor ray"),
+    "ray-address": (RAY + "--ray-address here", "'here' is not HOST:PORT", "10.0.0.1:6379"),
+    "ray-address-client": (RAY + "--ray-address ray://a:1", "'ray://a:1' is not HOST:PORT", "10.0.0.1:6379"),
+    "ray-nobody": (RAY + "--ray-address 127.0.0.1:9", "nobody answers at 127.0.0.1:9", "ray status"),
+    "ray-mps": (RAY + "--device mps", "not on mps", "cpu or cuda"),
+    "sweep-executor": ("sweep --algo local --executor serial", "a sweep has processes and ray", "--jobs 1"),
+    "sweep-device": ("sweep --algo local --device gpu", "unknown device 'gpu'", "did you mean 'cpu'?"),
+    "sweep-ray-address": ("sweep --algo local --ray-address a:1", "only the executor ray", "--executor ray"),
     "workers-zero": (RUN + "--workers 0", "workers: 0", "must be >= 1"),
     "workers-negative": (RUN + "--workers -2", "workers: -2", "must be >= 1"),
     "workers-text": (RUN + "--workers all", "'all'", "not an integer"),
@@ -184,6 +199,10 @@ LINES = {
     "config-is-folder": (RUN + "--config {here}", "cannot read {here}", "Is a directory"),
     "config-is-image": (RUN + "--config {tree}/train/cat/0.png", "0.png", "not a TOML file"),
 }
+
+
+if not importlib.util.find_spec("ray"):  # then all of them are one line: that Ray is needed
+    LINES = {name: line for name, line in LINES.items() if not line[0].startswith(RAY)}
 
 
 @pytest.mark.parametrize(("line", "value", "remedy"), LINES.values(), ids=LINES)
@@ -255,7 +274,9 @@ CONFIGS = {
     "set-unknown": ("[set]\nmu = 1", "of fedavg 'mu'", "choose from: none"),
     "set-of-wrong-type": ('algo = "fedas"\n[set]\nalign_lr = [1]', "align_lr: [1]", "not a number"),
     "set-twice": ("[set]\nalign-lr = 1\nalign_lr = 1", "'align_lr'", "leave one out"),
-    "executor": ("executor = 2", "'2'", "choose from: processes, serial"),
+    "executor": ("executor = 2", "'2'", "choose from: processes, serial, ray"),
+    "device": ('device = "gpu"', "unknown device 'gpu'", "did you mean 'cpu'?"),
+    "ray-address": ('workers = 2\nray-address = "here:1"', "only the executor ray", "--executor ray"),
     "workers": ("workers = true", "True", "not an integer"),
     "out": ("out = 3", "out: 3", "not a folder"),
     "out-null": ('out = "a\\u0000b"', r"out: 'a\x00b'", "not a folder"),

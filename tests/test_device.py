@@ -93,3 +93,20 @@ def test_devices_are_dealt_to_workers_in_turn():
     assert [Devices("cuda", 2).of(i).index for i in range(5)] == [0, 1, 0, 1, 0]
     assert str(Device("cuda", 3).torch) == "cuda:3"
     assert Devices().of(7).torch == torch.device("cpu")
+
+
+def test_without_ray_and_with_another_address_in_the_environment_there_is_one_line(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UsageError, match=r"executor: ray needs Ray; pip install 'pflbench\[ray\]'"):
+            Execution("ray").check()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        UsageError, match="there is no --ray-address, but the environment has RAY_ADDRESS=10.0.0.1:6379"
+    ):
+        Execution("ray").check()
+    with pytest.raises(UsageError, match="there is --ray-address 10.0.0.2:6379, but"):
+        Execution("ray", ray_address="10.0.0.2:6379").check()
+    Execution("ray", ray_address="10.0.0.1:6379").check()

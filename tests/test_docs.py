@@ -27,6 +27,15 @@ NOT_RUN = {
     "pip install ./pflbench-fedtrim": "tests/test_plugin.py installs this package",
     "pflbench run --algo fedtrim --set trim=0.2": "tests/test_plugin.py runs this method",
     "pip install '.[perf]'": "needs the network",
+    "pip install 'pflbench[ray]'": "needs the network",
+    "ray start --head --port 6379": "would leave a cluster behind; tests/clusters.py starts one",
+    "ray start --address 10.0.0.1:6379": "another machine's; tests/clusters.py adds a node",
+    "pflbench run --algo fedas --executor ray --ray-address 10.0.0.1:6379": "tests/test_every_executor.py",
+    "pflbench sweep fedas-table2 --executor ray --ray-address 10.0.0.1:6379": "tests/test_ray.py",
+    "pflbench run --algo fedas --executor ray --workers 2": "tests/test_ray.py",
+    "pflbench run --algo fedas --device cuda": "needs a GPU; tests/check_device.py has a pretend one",
+    "pflbench run --algo fedas --device cuda --workers 8": "needs a GPU; tests/check_device.py has a pretend one",
+    "pflbench sweep quick --device cuda": "needs a GPU",
     "pytest tests/perf -o python_files='bench_*.py'": "takes minutes: tox -e perf",
     "pytest tests/perf/bench_round.py -o python_files='bench_*.py' --scale 1 --pairs 3": "takes minutes: tox -e perf",
     "tar -xf docs/results/fedas.tar.xz": "tests/test_results.py unpacks it",
@@ -122,3 +131,23 @@ def test_there_is_something_of_each_kind():
     assert len(COMMANDS) > 15
     assert len(PYTHON) >= 4
     assert len(SUITES) >= 2
+
+
+def test_the_slurm_script_is_a_shell_script_and_its_tasks_share_the_suite(tmp_path):
+    """`srun` and `pflbench` of the test print the plan of a task instead of computing it."""
+    (script,) = [case.values[0] for case in blocks("bash")]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+    for name, text in (
+        ("srun", '"$@" --dry-run --join-ratio 0.2 --alpha 0.1'),
+        ("pflbench", f'{sys.executable} -m pflbench "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    seen = []
+    for task in (1, 2):
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+        env |= {"SLURM_ARRAY_TASK_MAX": "2", "SLURM_CPUS_PER_TASK": "3"}
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        seen += [line.split()[0] for line in done.stdout.splitlines()[:-1]]
+    assert len(seen) == len(set(seen)) == 10

@@ -180,9 +180,14 @@ def prepare(
 
 def load_federation(spec: RunSpec, data_dir: Path) -> Federation:
     """Return the clients that the resolved `spec` describes. Raises `UsageError` when the partition is impossible."""
+    return federation_of(spec, load_dataset(spec, data_dir))
+
+
+def load_dataset(spec: RunSpec, data_dir: Path) -> "Dataset":
+    """Return the images of the resolved `spec`."""
     from pflbench import datasets
 
-    return federation_of(spec, datasets.load(spec.dataset, data_dir))
+    return datasets.load(spec.dataset, data_dir)
 
 
 def federation_of(spec: RunSpec, data: "Dataset") -> Federation:

@@ -15,11 +15,10 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
-from pflbench import datasets
 from pflbench.engine.cluster import actor, connected, room
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import code, packed
-from pflbench.engine.experiment import Experiment
+from pflbench.engine.experiment import Experiment, load_dataset
 from pflbench.errors import RunBusy, UsageError
 from pflbench.store import partial
 from pflbench.store.checkpoint import checkpoints
@@ -137,7 +136,7 @@ class Cluster:
         self._active.add(active)
         name = run.spec.dataset
         if name not in self._data:
-            self._data[name] = ray.put(packed(datasets.load(name, run.data_dir), pickle.Pickler))
+            self._data[name] = ray.put(packed(load_dataset(run.spec, run.data_dir), pickle.Pickler))
         # A copy has no data yet: the actor makes the clients of its own copy of the dataset.
         work = ray.put(packed(dataclasses.replace(run), cloudpickle.CloudPickler))
         device = self._execution.device

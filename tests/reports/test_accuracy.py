@@ -156,6 +156,20 @@ def test_runs_of_one_source_have_no_note_on_sources(grid):
     assert not [note for note in table.notes if "source" in note]
 
 
+def test_a_table_of_runs_from_several_devices_says_so(write, tmp_path):
+    def on_gpu(run):
+        run["machine"] = {"device": {"type": "cuda", "name": "NVIDIA H100", "count": 1}}
+
+    write(tmp_path, "fedas", seed=0)
+    write(tmp_path, "fedas", seed=1, edit=on_gpu)
+    write(tmp_path, "local", seed=0, clients=20)
+    _, tables = made(tmp_path)
+    notes = [[note for note in table.notes if "devices" in note] for table in tables]
+    kinds = "cpu (1 runs), cuda NVIDIA H100 (1 runs)"
+    text = f"Several kinds of devices computed these runs: {kinds}. They differ in rounding."
+    assert sorted(notes) == [[], [text]]
+
+
 def test_who_leads_is_said_in_words_with_the_gap_and_whether_it_is_significant(write, tmp_path):
     for seed in (0, 1):
         for algo, level in (("fedas", 0.8), ("fedper", 0.5)):
