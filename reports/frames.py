@@ -36,14 +36,14 @@ TABLES = ("runs", "rounds", "evaluations", "clients")
 class Runs:
     """Finished runs, as tidy tables.
 
-    `runs` has a row per run: `run` (its id), the `schema` of its record, the `device`, every setting of its spec (`algo` is the
-    method's id), `method` (the paper's name of the method, with its source and those hyperparameters in which runs of
-    the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the total costs (`COSTS`), and
-    `path`. Runs of one `setting` differ only in method, hyperparameters and seeds; settings of one `protocol` differ
-    only in the settings that a table shows as `columns`, outer heads first: "partition" stands for all of `PARTITION`.
-    `rounds` has a row per round of training, `evaluations` one per evaluation, `clients` one per client and evaluation;
-    all have the column `run`. Accuracies are fractions. In `runs` and `rounds`, `seconds` are of training; in records
-    of schema 1 they contain the evaluations, whose seconds are unknown (NaN).
+    `runs` has a row per run: `run` (its id), the `schema` of its record, the `device`, every setting of its spec
+    (`algo` is the method's id), `method` (the paper's name of the method, with its source and those hyperparameters in
+    which runs of the method differ), `protocol` and `setting` (numbers), fingerprints and versions, the total costs
+    (`COSTS`), and `path`. Runs of one `setting` differ only in method, hyperparameters and seeds; settings of one
+    `protocol` differ only in the settings that a table shows as `columns`, outer heads first: "partition" stands for
+    all of `PARTITION`. `rounds` has a row per round of training, `evaluations` one per evaluation, `clients` one per
+    client and evaluation; all have the column `run`. Accuracies are fractions. In `runs` and `rounds`, `seconds` are of
+    training; in records of schema 1 they contain the evaluations, whose seconds are unknown (NaN).
     `left_out` has `path` and `reason` of each record that was found but not used.
     """
 

@@ -103,10 +103,8 @@ def test_without_ray_and_with_another_address_in_the_environment_there_is_one_li
             Execution("ray").check()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(
-        UsageError, match="there is no --ray-address, but the environment has RAY_ADDRESS=10.0.0.1:6379"
-    ):
+    with pytest.raises(UsageError, match=r"no --ray-address, but the environment has RAY_ADDRESS=10\.0"):
         Execution("ray").check()
-    with pytest.raises(UsageError, match="there is --ray-address 10.0.0.2:6379, but"):
+    with pytest.raises(UsageError, match=r"there is --ray-address 10\.0\.0\.2:6379, but"):
         Execution("ray", ray_address="10.0.0.2:6379").check()
     Execution("ray", ray_address="10.0.0.1:6379").check()
