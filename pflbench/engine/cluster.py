@@ -1,4 +1,4 @@
-"""Ray: how to connect to a cluster, and its actors. This module and `executors.ray` and `sweep.remote` import Ray."""
+"""Ray: how to connect to a cluster, and its actors. Only this module imports Ray; others get it from here."""
 
 import contextlib
 import logging
@@ -6,15 +6,23 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+# Ray reads these when it is imported: it would send statistics of its use, and show a cluster no token.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if (Path.home() / ".ray" / "auth_token").exists():
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from pflbench.engine.cores import cores
 from pflbench.engine.execution import PER_GPU, Execution
 from pflbench.errors import UsageError
 
+__all__ = ["RayError", "RayTaskError", "actor", "cloudpickle", "connected", "first_line", "ray", "room"]
 _ANSWER = 10.0  # seconds in which the address must accept a connection
 
 
@@ -31,9 +39,7 @@ def connected(execution: Execution, cpus: int | None) -> Iterator[None]:
     if address is not None:
         _call(address)
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # its errors come as exceptions
-    # Ray sets a handler of SIGTERM, and would send statistics of its use.
-    before = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    before = signal.getsignal(signal.SIGTERM)  # Ray sets its own handler
     own: dict[str, Any] = {"num_cpus": cpus or cores(), "include_dashboard": False} if address is None else {}
     try:
         ray.init(

@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import ray
-from ray import cloudpickle
-from ray.exceptions import RayError, RayTaskError
-
-from pflbench.engine.cluster import actor, connected, room
+from pflbench.engine.cluster import RayError, RayTaskError, actor, cloudpickle, connected, ray, room
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import code, packed
 from pflbench.engine.experiment import Experiment, load_dataset

@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
-import ray
-from ray import cloudpickle
-from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from pflbench.core.device import Devices
-from pflbench.engine.cluster import actor, connected, first_line, room
+from pflbench.engine.cluster import RayError, RayTaskError, actor, cloudpickle, connected, first_line, ray, room
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import Node, code, packed
 from pflbench.engine.executors.pool import Link, Pool, WorkerDied
