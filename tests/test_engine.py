@@ -13,6 +13,7 @@ import pflbench
 from pflbench import MethodError, Record, UsageError
 from pflbench.algorithms.fedavg import FedAvg
 from pflbench.core import Message, register
+from pflbench.engine.work import Work
 from pflbench.store import schema
 
 SIZES = (9, 4, 7, 5)
@@ -505,3 +506,10 @@ def test_an_observer_can_neither_change_a_record_nor_keep_it_from_being_written(
     record = Record.load(tmp_path / run)
     assert [row["round"] for row in record.rounds] == [1, 2]
     assert dataclasses.asdict(record.spec)["algo"] == "fedavg"
+
+
+def test_a_probe_of_a_network_that_cannot_train_on_one_sample_has_no_batch_of_one():
+    net = pflbench.Net(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)), torch.nn.Linear(3, 3))
+    experiment = pflbench.prepare(toy.spec("fedavg"), toy.federation((9, 4)), net.double())
+    assert len(Work(experiment, None).probe()) == 64
+    assert Work(pflbench.prepare(toy.spec("fedavg"), toy.federation((1, 4)), net), None).probe() == "ValueError"

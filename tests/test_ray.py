@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 
 import pflbench
@@ -54,7 +55,6 @@ def test_the_record_says_how_many_nodes_computed(run):
 
 def test_a_large_federation_and_a_network_of_a_script_travel(run):
     """The images are in the memory that all workers of a node share; the network's class is the test's own."""
-    import torch
     from torch import nn
 
     class Doubled(nn.Module):
@@ -191,6 +191,15 @@ def test_an_actor_with_other_bits_is_named_and_not_used(run, notes, monkeypatch)
     assert prints(record) == prints(serial("fedavg"))
     (note,) = notes[:1]
     assert note.endswith("computes other bits than the others; it is not used")
+
+
+def test_a_run_that_diverges_at_once_has_the_record_of_serial(run, notes):
+    """The workers' first two steps diverge, too."""
+    kw = {"federation": toy.federation(SIZES), "net": toy.net(act=torch.nn.Identity).float(), "lr": 1e30}
+    here, there = toy.run("fedavg", **kw), run("fedavg", **kw)
+    assert here.status == "diverged"
+    assert (there.status, there.reason) == (here.status, here.reason)
+    assert notes == []
 
 
 def free_port():
