@@ -89,6 +89,15 @@ def discard(path: Path) -> None:
         shutil.rmtree(mine)
 
 
+def discard_ended(out: Path, run: str) -> None:
+    """Delete the partial folders of `run` whose owners were processes of this machine and have ended."""
+    for path in of_run(out, run):
+        owner = _OWNED.fullmatch(path.name)
+        if owner is not None and owner["host"] == _host() and _ended(int(owner["pid"])):
+            with contextlib.suppress(OSError):  # another user's
+                discard(path)
+
+
 def give_back(path: Path) -> None:
     """Rename one's own folder so that everybody may resume the run at once; do nothing if it is not there any more."""
     # The rename fails if there is such a folder. Then the folder keeps its name, and is taken over a minute later.

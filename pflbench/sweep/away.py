@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import queue
+import shutil
 import tarfile
 import tempfile
 import threading
@@ -10,13 +11,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pflbench import files
 from pflbench.core.device import TYPES
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import Arrays, agree, unpacked
 from pflbench.engine.experiment import Experiment, federation_of
 from pflbench.store import partial
 from pflbench.store.folder import Folder
-from pflbench.sweep.places import Message, Teller, ended
+from pflbench.sweep.places import Message, Teller, ended, failed
 
 SHARE = 20
 """An unfinished run's folder is sent at most in one of so many seconds."""
@@ -33,10 +35,10 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(data: bytes, folder: Path) -> None:
-    """Write a packed folder to `folder`, which must not exist."""
-    folder.mkdir()
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        tar.extractall(folder, filter="data")
+    """Write a packed folder to `folder`, which must not exist. It appears by one rename."""
+    with files.scratch(folder) as made, tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(made / "all", filter="data")
+        (made / "all").rename(folder)
 
 
 class Away:
@@ -51,15 +53,16 @@ class Away:
         self, run: Arrays, data: Arrays, wanted: Mapping[str, str], device: str, folder: bytes | None, seconds: float
     ) -> None:
         agree(wanted)
-        experiment: Experiment = unpacked(run)
+        self._run: Experiment = unpacked(run)
+        self._data = data
         TYPES[device]()
-        self._run = dataclasses.replace(experiment, given_federation=federation_of(experiment.spec, unpacked(data)))
         self._device, self._seconds = device, seconds
-        self._scratch = tempfile.TemporaryDirectory(prefix="pflbench-")
-        self._out = Path(self._scratch.name) / "runs"
-        self._out.mkdir()
+        here = Path(tempfile.gettempdir())
+        partial.discard_ended(here, "pflbench")  # Ray kills workers, which then leave their folders behind
+        self._out = partial.own(here, "pflbench")
+        self._out.mkdir(mode=0o700)
         if folder is not None:
-            unpack(folder, self._out / f"{experiment.id}.partial")
+            unpack(folder, self._out / f"{self._run.id}.partial")
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._due = time.monotonic() + seconds
 
@@ -72,13 +75,23 @@ class Away:
         return self._messages.get()
 
     def _compute(self) -> None:
+        try:
+            last = self._ended()
+        except Exception as error:  # without a last message the sweep would wait forever
+            last = failed(error)
+        shutil.rmtree(self._out, ignore_errors=True)
+        self._messages.put(last)
+
+    def _ended(self) -> Message:
+        federation = federation_of(self._run.spec, unpacked(self._data))
+        run = dataclasses.replace(self._run, given_federation=federation)
         store, execution = Folder(self._out, resume=True), Execution("serial", device=self._device)
-        last = ended(self._run, store, execution, Teller(self._tell))
-        if (self._out / self._run.id).exists():
-            self._messages.put(("record", pack(self._out / self._run.id)))
+        last = ended(run, store, execution, Teller(self._tell))
+        if (self._out / run.id).exists():
+            self._messages.put(("record", pack(self._out / run.id)))
         else:
             self._send_folder()
-        self._messages.put(last)
+        return last
 
     def _tell(self, message: Message) -> None:
         self._messages.put(message)

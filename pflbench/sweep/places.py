@@ -87,7 +87,7 @@ class Here:
         run, process, _ = self._processes[handle]
         try:
             kind, value = handle.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: killed in the middle of a message
             process.join()
             partial.give_back_of(self._out, run.id, process.pid)
             kind, value = "failed", (f"its process ended with exit code {process.exitcode}", None)
@@ -122,15 +122,21 @@ def ended(run: Experiment, store: Folder, execution: Execution, teller: Teller) 
     """Compute a run and return its last message."""
     try:
         record = run_experiment(run, execution=execution, store=store, observers=[teller])
-    except RunBusy:
-        return "busy", None
-    except PflbenchError as error:
-        return "failed", (str(error).replace("--force starts from", "sweep --retry starts from"), None)
     except Exception as error:
-        return "failed", (" ".join(f"{type(error).__name__}: {error}".split()), traceback.format_exc())
+        return failed(error)
     if record.status != "finished":
         return "failed", (f"{record.status}: {record.reason}", None)
     return ("done" if teller.began else "there"), None
+
+
+def failed(error: Exception) -> Message:
+    """Return the last message of a run that `error` ended."""
+    if isinstance(error, RunBusy):
+        return "busy", None
+    if isinstance(error, PflbenchError):
+        return "failed", (str(error).replace("--force starts from", "sweep --retry starts from"), None)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return "failed", (reason, "".join(traceback.format_exception(error)))
 
 
 def _compute(run: Experiment, out: Path, retry: bool, device: str, number: int, to: Connection) -> None:

@@ -11,18 +11,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pflbench.engine.cluster import RayError, RayTaskError, actor, cloudpickle, connected, ray, room
+from pflbench import files
+from pflbench.engine.cluster import (
+    RayError,
+    RayTaskError,
+    actor,
+    cloudpickle,
+    connected,
+    first_line,
+    ray,
+    room,
+)
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import code, packed
 from pflbench.engine.experiment import Experiment, load_dataset
-from pflbench.errors import RunBusy, UsageError
+from pflbench.errors import PflbenchError, UsageError
 from pflbench.store import partial
 from pflbench.store.checkpoint import checkpoints
 from pflbench.store.folder import Folder, Writer
 from pflbench.store.locks import locked
 from pflbench.store.record import Record
 from pflbench.sweep.away import Away, pack, unpack
-from pflbench.sweep.places import Message
+from pflbench.sweep.places import Message, failed
 
 
 class Hold:
@@ -42,8 +52,10 @@ class Hold:
             if found and not anew:
                 partial.take_over(found.pop(), self.folder)
             else:
-                self.folder.mkdir(parents=True)
-            self._life.begin(self.folder)
+                with files.writing(self.folder):
+                    self.folder.mkdir(parents=True)
+            with files.writing(self.folder):
+                self._life.begin(self.folder)
             for path in found:
                 partial.discard(path)
             self._stack = stack.pop_all()
@@ -59,8 +71,9 @@ class Hold:
     def replace(self, data: bytes) -> None:
         """Replace the folder by a packed one."""
         old, new, life = self.folder, partial.own(self._out, self._run.id), partial.Life()
-        unpack(data, new)
-        life.begin(new)
+        with files.writing(new):
+            unpack(data, new)
+            life.begin(new)
         self._life.end()
         self.folder, self._life = new, life
         partial.discard(old)
@@ -123,13 +136,19 @@ class Cluster:
     def start(self, run: Experiment) -> _Active:
         """See `Place`."""
         active = _Active(run)
+        self._active.add(active)
         try:
             active.hold = Hold(self._out, run, anew=self._retry and run.id not in self._begun)
-        except RunBusy:
-            active.message = "busy", None
-            return active
-        self._begun.add(run.id)
-        self._active.add(active)
+            self._begun.add(run.id)
+            self._send(active, active.hold)
+        except PflbenchError as error:
+            active.message = failed(error)
+            self._end(active)
+        return active
+
+    def _send(self, active: _Active, hold: Hold) -> None:
+        """Send a run to a new actor."""
+        run = active.run
         name = run.spec.dataset
         if name not in self._data:
             self._data[name] = ray.put(packed(load_dataset(run.spec, run.data_dir), pickle.Pickler))
@@ -138,10 +157,9 @@ class Cluster:
         device = self._execution.device
         active.actor = actor(device)
         active.ref = active.actor.begin.remote(
-            Away.__module__, Away.__name__, work, self._data[name], code(run.algorithm), device, active.hold.packed(),
+            Away.__module__, Away.__name__, work, self._data[name], code(run.algorithm), device, hold.packed(),
             self.seconds,
         )  # fmt: skip
-        return active
 
     def wait(self, handles: Sequence[_Active], seconds: float | None) -> Sequence[_Active]:
         """See `Place`."""
@@ -158,8 +176,10 @@ class Cluster:
         assert active.hold is not None  # noqa: S101
         try:
             found = ray.get(active.ref)
-        except RayTaskError:
-            raise
+        except RayTaskError as error:  # of Python, such as a full disk there
+            active.message = "failed", (f"in its worker: {first_line(error)}", str(error))
+            self._end(active)
+            return
         except RayError as error:
             where = f"worker on node {active.host}" if active.host else "worker"
             active.message = "lost", f"{where} died ({type(error).__name__})"
@@ -169,10 +189,14 @@ class Cluster:
             active.host, _, reason = found
             if reason is not None:
                 raise UsageError(f"executor: node {active.host} has {reason}")
-        elif found[0] == "folder":
-            active.hold.replace(found[1])
-        elif found[0] == "record":
-            active.hold.publish(found[1])
+        elif found[0] in ("folder", "record"):
+            keep = active.hold.replace if found[0] == "folder" else active.hold.publish
+            try:
+                keep(found[1])
+            except PflbenchError as error:
+                active.message = failed(error)
+                self._end(active)
+                return
         else:
             active.message = found
             if found[0] not in ("round", "evaluation"):
@@ -182,9 +206,10 @@ class Cluster:
 
     def _end(self, active: _Active) -> None:
         self._active.discard(active)
-        ray.kill(active.actor)
-        assert active.hold is not None  # noqa: S101
-        active.hold.close()
+        if active.actor is not None:
+            ray.kill(active.actor)
+        if active.hold is not None:
+            active.hold.close()
 
     def message(self, handle: _Active) -> Message:
         """See `Place`."""
