@@ -72,6 +72,30 @@ def test_a_large_federation_and_a_network_of_a_script_travel(run):
     assert prints(run("fedas", **kw)) == prints(toy.run("fedas", **kw))
 
 
+def test_workers_that_end_while_they_are_idle_died_of_no_job(cluster, notes, monkeypatch):
+    """Both workers end between two rounds, and the next round has one job, whose second death would be an error."""
+    from pflbench.engine.executors.ray import Ray
+
+    pools = []
+    monkeypatch.setattr(Ray, "tries", 2)
+    monkeypatch.setattr(Ray, "describe", lambda self: pools.append(self) or {"workers": 2, "device": {"type": "cpu"}})
+
+    class Killing(pflbench.Observer):
+        def round(self, row):
+            if row["round"] == 1:
+                for link in pools[0]._links:
+                    ray.kill(link.actor)
+                time.sleep(1)
+
+    kw = {"rounds": 3, "join_ratio": 0.25, "eval_every": 3}
+    record = pflbench.run(
+        toy.spec("fedavg", clients=len(SIZES), **kw), toy.federation(SIZES), toy.net(), executor="ray",
+        ray_address=cluster.address, notice=notes.append, observers=[Killing()],
+    )  # fmt: skip
+    assert prints(record) == prints(serial("fedavg", **kw))
+    assert len(notes) == 1
+
+
 def test_a_node_that_is_removed_in_a_round_and_one_that_comes_between_rounds(
     cluster, run, notes, methods, tmp_path, eventually
 ):

@@ -16,13 +16,23 @@ if (Path.home() / ".ray" / "auth_token").exists():
 
 import ray
 from ray import cloudpickle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pflbench.engine.cores import cores
 from pflbench.engine.execution import PER_GPU, Execution
 from pflbench.errors import UsageError
 
-__all__ = ["RayError", "RayTaskError", "actor", "cloudpickle", "connected", "first_line", "ray", "room"]
+__all__ = [
+    "GetTimeoutError",
+    "RayError",
+    "RayTaskError",
+    "actor",
+    "cloudpickle",
+    "connected",
+    "first_line",
+    "ray",
+    "room",
+]
 _ANSWER = 10.0  # seconds in which the address must accept a connection
 
 

@@ -19,7 +19,9 @@ def test_executors(algo, federation, request, tmp_path, say):
         for executor, found in times.items():
             out = tmp_path / f"{executor}{pair}"
             record = pflbench.run(spec, federation, executor=executor, workers=2, out=out)
-            found += [row["seconds"] + test["seconds"] for row, test in zip(record.rounds, record.evaluations, strict=False)][1:-1]
+            found += [
+                row["seconds"] + test["seconds"] for row, test in zip(record.rounds, record.evaluations, strict=False)
+            ][1:-1]
     here, there = (statistics.median(found) for found in times.values())
     sizes = ", ".join(f"{name} {min(found):.2f}-{max(found):.2f}" for name, found in times.items())
     say(f"{algo:10} {there:.2f} s a round through ray, {here:.2f} s by processes: {there / here:.2f} times ({sizes})")

@@ -9,7 +9,17 @@ from typing import Any, Self
 from torch import Tensor
 
 from pflbench.core.device import Devices
-from pflbench.engine.cluster import RayError, RayTaskError, actor, cloudpickle, connected, first_line, ray, room
+from pflbench.engine.cluster import (
+    GetTimeoutError,
+    RayError,
+    RayTaskError,
+    actor,
+    cloudpickle,
+    connected,
+    first_line,
+    ray,
+    room,
+)
 from pflbench.engine.execution import Execution
 from pflbench.engine.executors.node import Node, code, packed
 from pflbench.engine.executors.pool import Link, Pool, WorkerDied
@@ -21,6 +31,7 @@ from pflbench.store.memory import Notice
 
 _FIRST = 300.0  # seconds in which the first worker must be ready: a node may read torch from a slow disk
 _OTHERS = 30.0  # seconds to wait for another worker after the last one was ready
+_ANSWER = 2.0  # seconds in which an idle worker answers
 _ROOM = 60.0  # seconds to wait for a core when all workers are lost
 
 
@@ -147,6 +158,19 @@ class Ray(Pool):
         assert isinstance(link, RayLink)  # noqa: S101
         self._links.remove(link)
         self._ask()
+        # If its node is gone, idle workers are gone, too. They died of no job.
+        answers = {other.actor.__ray_ready__.remote(): other for other in self._idle if isinstance(other, RayLink)}
+        if answers:
+            ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER)
+        for ref, other in answers.items():
+            try:
+                ray.get(ref, timeout=0)
+            except GetTimeoutError:
+                continue
+            except RayError:
+                self._idle.remove(other)
+                self._links.remove(other)
+                self._ask()
 
 
 class RayLink:
