@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -213,8 +214,32 @@ def test_an_actor_with_other_bits_is_named_and_not_used(run, notes, monkeypatch)
     monkeypatch.setattr(Ray, "_joined", other)
     record = run("fedavg")
     assert prints(record) == prints(serial("fedavg"))
-    (note,) = notes[:1]
+    (note,) = notes
     assert note.endswith("computes other bits than the others; it is not used")
+
+
+def test_a_worker_that_is_not_used_is_not_asked_for_again(monkeypatch):
+    from pflbench.engine.executors import ray as module
+
+    experiment = pflbench.prepare(toy.spec("fedavg", clients=20), toy.federation([4] * 20), toy.net())
+    asked = []
+    monkeypatch.setattr(module, "actor", lambda _: asked.append(1) or MagicMock())
+    monkeypatch.setattr(module, "room", lambda _: 8)
+    for workers, count in ((None, 5), (4, 4), (7, 5)):
+        asked.clear()
+        pool = module.Ray(experiment, pflbench.Execution("ray", workers=workers), print)
+        pool._packed = pool._code = None
+        pool._unfit = 3
+        pool._grow()
+        assert len(asked) == count
+
+
+def test_a_run_without_workers_ends_if_none_could_be_started():
+    from pflbench.engine.executors.ray import Ray
+
+    pool = Ray(pflbench.prepare(toy.spec("fedavg"), toy.federation(), toy.net()), pflbench.Execution("ray"), print)
+    with pytest.raises(RunError, match="none could be started in their place; use --resume later"):
+        pool._ready([])
 
 
 def test_a_run_that_diverges_at_once_has_the_record_of_serial(run, notes):

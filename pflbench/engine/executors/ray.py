@@ -52,6 +52,7 @@ class Ray(Pool):
         self._stack = contextlib.ExitStack()
         self._links: list[RayLink] = []
         self._joining: dict[Any, Any] = {}  # actors by the reference to their identity
+        self._unfit = 0  # workers with other code or other bits
         self._number = 0
         self._common: Any = None
         self._shared: dict[int, Tensor] = {}
@@ -84,7 +85,10 @@ class Ray(Pool):
 
     def _grow(self) -> None:
         """Ask for as many actors as the cluster has room for."""
-        wanted = min(self._execution.workers or room(self._execution.device), self._experiment.spec.clients)
+        has = room(self._execution.device)
+        wanted = min(self._execution.workers or has, self._experiment.spec.clients)
+        if self._unfit:  # else they would come again in every round
+            wanted = min(wanted, has - self._unfit)
         for _ in range(wanted - len(self._links) - len(self._joining)):
             self._ask()
 
@@ -121,7 +125,10 @@ class Ray(Pool):
             host, node, found = ray.get(ref)
         except RayError as error:
             return f"a worker could not start: {first_line(error)}"
-        return f"node {host} has {found}" if isinstance(found, str) else RayLink(self, new, host, node, found)
+        if isinstance(found, str):
+            self._unfit += 1
+            return f"node {host} has {found}"
+        return RayLink(self, new, host, node, found)
 
     def _refuse(self, link: "RayLink") -> None:
         """Say that an actor computes other bits, and end it."""
@@ -129,6 +136,7 @@ class Ray(Pool):
             f"a worker on node {link.host} ({link.identity['processor']}) computes other bits than the others; "
             "it is not used"
         )
+        self._unfit += 1
         ray.kill(link.actor)
 
     def _begin(self, jobs: Sequence[Job]) -> None:
@@ -139,6 +147,8 @@ class Ray(Pool):
 
     def _ready(self, busy: Sequence[Link]) -> Sequence[Link]:
         working = {link.ref: link for link in self._links if link in busy}
+        if not working and not self._joining:
+            raise RunError("all workers are lost, and none could be started in their place; use --resume later")
         done, _ = ray.wait([*working, *self._joining], timeout=None if working else _ROOM)
         if not done:
             raise RunError(f"all workers are lost, and in {_ROOM:g} s no node had room for another; use --resume later")
