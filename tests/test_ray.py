@@ -265,6 +265,11 @@ def test_an_address_where_nobody_answers_is_one_line_and_nothing_is_written(tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_address_that_is_no_host_name_is_one_line():
+    with pytest.raises(UsageError, match=r"ray_address: nobody answers at \.\.:6379"):
+        toy.run("fedavg", executor="ray", ray_address="..:6379")
+
+
 def test_ray_that_this_process_uses_already_is_left_alone(cluster):
     ray.init(address=cluster.address, log_to_driver=False)
     try:

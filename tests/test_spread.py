@@ -73,6 +73,8 @@ def test_the_command_line_lists_the_missing_runs_of_a_shard(tmp_path, tree, quic
     assert len(listed) == 2
     assert all(f"--dataset folder:{tree}" in line and line.endswith(f"--data-dir {quick[3]}") for line in listed)
     assert "--resume --out 'a b'" in listed[0]
+    on_gpus = subprocess.run([*sweep, "--list", "--device", "cuda"], **run, check=True).stdout.splitlines()
+    assert on_gpus == [f"{line} --device cuda" for line in listed]
     halves = [subprocess.run([*sweep, "--list", "--shard", f"{i}/2"], **run, check=True).stdout for i in (1, 2)]
     assert sorted("".join(halves).splitlines()) == sorted(listed)
     words = [sys.executable, "-m", *shlex.split(listed[0])]

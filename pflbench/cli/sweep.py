@@ -71,7 +71,8 @@ def command(
 
     from pflbench.sweep import runner, spread
 
-    how = _execution({"executor": executor, "device": device, "ray_address": ray_address})
+    where = {"executor": executor, "device": device, "ray_address": ray_address}
+    how = _execution(where)
     runs = runner.plan(specs, data, options.notice, download=not (dry_run or as_commands))
     if shard is not None:
         runs = spread.shard(runs, shard)
@@ -86,6 +87,8 @@ def command(
         )
     if as_commands:
         more = ["--resume", "--out", out, *([] if data_dir is None else ["--data-dir", data_dir])]
+        for name, value in where.items():
+            more += [] if value is None else [f"--{name.replace('_', '-')}", value]
         given_names = names({spec.dataset for spec in specs}, data)
         for run in runs:
             if found[run.id] is None:

@@ -79,7 +79,7 @@ def _call(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # a port above 65535, a name with an empty label
         raise UsageError(
             f"ray_address: nobody answers at {address} ({first_line(error)}); `ray status` on the cluster's head node "
             "shows whether it runs"
