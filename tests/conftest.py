@@ -16,6 +16,8 @@ import pflbench
 from pflbench.core import registry
 
 pytest.register_assert_rewrite("oracle", "toy")
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray writes a token to the home folder; it must be set before the import
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def test_a_run_whose_data_cannot_be_read_fails_alone(remote, run, tmp_path, monk
     def damaged(*_):
         raise UsageError("data_dir: the images are damaged")
 
-    monkeypatch.setattr(remote.datasets, "load", damaged)
+    monkeypatch.setattr(remote, "load_dataset", damaged)
     place = remote.Cluster(tmp_path, pflbench.Execution("ray"))
     handle = place.start(run)
     assert place.wait([handle], None) == [handle]

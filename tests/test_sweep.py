@@ -17,6 +17,7 @@ from refusals import refusal
 
 from pflbench import RunSpec, UsageError, datasets, register
 from pflbench.sweep import runner
+from pflbench.sweep.places import Here
 from pflbench.sweep.runner import plan
 from pflbench.sweep.suite import Suite, labels
 
@@ -334,6 +335,12 @@ def planned(tree, tmp_path):
     return make
 
 
+def computed(runs, out, **kw):
+    """Return the failed runs of a sweep that computes one run at a time."""
+    with Here(out, jobs=1) as place:
+        return runner.compute(runs, out, place, **kw)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_failed_run_leaves_its_traceback_in_a_log_that_its_reason_names(planned, methods, tmp_path):
     from pflbench.algorithms.fedavg import FedAvg
@@ -345,7 +352,7 @@ def test_a_failed_run_leaves_its_traceback_in_a_log_that_its_reason_names(planne
 
     runs = planned(algo="broken")
     out = tmp_path / "runs"
-    failed = runner.compute(runs, out, jobs=1)
+    failed = computed(runs, out)
     log = out / ".logs" / f"{runs[0].id}.log"
     assert failed == {runs[0].id: f"ZeroDivisionError: nothing to divide by; {log} has the traceback"}
     text = log.read_text()
@@ -353,7 +360,7 @@ def test_a_failed_run_leaves_its_traceback_in_a_log_that_its_reason_names(planne
     assert "In a worker, round 1, client" in text
 
     register("broken")(type("Mended", (FedAvg,), {}))
-    assert runner.compute(planned(algo="broken"), out, jobs=1) == {}
+    assert computed(planned(algo="broken"), out) == {}
     assert not log.exists()
 
 
@@ -367,7 +374,7 @@ def test_a_sweep_takes_no_lock_of_a_run_itself(planned, tmp_path, monkeypatch):
         return acquire(self, *args, **kw)
 
     monkeypatch.setattr(filelock.BaseFileLock, "acquire", acquired)
-    assert runner.compute(planned(), tmp_path, jobs=1, on_event=events.append) == {}
+    assert computed(planned(), tmp_path, on_event=events.append) == {}
     assert [event.kind for event in events] == ["started", "round", "evaluation", "done"]
 
 
@@ -394,7 +401,7 @@ def test_a_sweep_waits_for_a_run_of_another_process(
             if events == ["started"] * 3:  # it was busy twice
                 other.send_signal(number)
 
-        assert runner.compute(runs, out, jobs=1, on_event=on_event) == {}
+        assert computed(runs, out, on_event=on_event) == {}
     finally:
         other.kill()
         other.wait()
