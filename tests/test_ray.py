@@ -270,6 +270,26 @@ def test_an_address_that_is_no_host_name_is_one_line():
         toy.run("fedavg", executor="ray", ray_address="..:6379")
 
 
+@pytest.mark.parametrize(("says", "message"), [(b"HTTP/1.1 400 Bad Request", "is not Ray"), (b"", "nobody answers")])
+def test_an_address_where_something_else_answers_is_one_line(tmp_path, monkeypatch, says, message):
+    from pflbench.engine import cluster
+
+    monkeypatch.setattr(cluster, "_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.sendall(says)
+            time.sleep(0.0 if says else 1.0)
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UsageError, match=message) as error:
+            toy.run("fedavg", executor="ray", ray_address=f"127.0.0.1:{server.getsockname()[1]}", out=tmp_path / "runs")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_ray_that_this_process_uses_already_is_left_alone(cluster):
     ray.init(address=cluster.address, log_to_driver=False)
     try:

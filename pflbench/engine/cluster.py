@@ -33,7 +33,9 @@ __all__ = [
     "ray",
     "room",
 ]
-_ANSWER = 10.0  # seconds in which the address must accept a connection
+_ANSWER = 10.0  # seconds in which the address must answer
+# What a client of gRPC, which Ray uses, says first: HTTP/2's preface, and an empty frame SETTINGS.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 @contextlib.contextmanager
@@ -76,14 +78,21 @@ def connected(execution: Execution, cpus: int | None) -> Iterator[None]:
 
 
 def _call(address: str) -> None:
+    """Raise `UsageError` unless a server like Ray's answers at `address`. Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as connection:
+            if "RAY_USE_TLS" in os.environ:
+                return
+            connection.sendall(_HELLO)
+            found = connection.recv(9)
     except (OSError, OverflowError, UnicodeError) as error:  # a port above 65535, a name with an empty label
         raise UsageError(
             f"ray_address: nobody answers at {address} ({first_line(error)}); `ray status` on the cluster's head node "
             "shows whether it runs"
         ) from None
+    if found[3:4] != b"\x04":  # the type of the frame SETTINGS, the first one of every server of HTTP/2
+        raise UsageError(f"ray_address: what answers at {address} is not Ray; the port is by default 6379")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """What the simulation of docs/scale.md needs from this machine, measured with pflbench's code; and real rounds."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -7,67 +8,43 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from simulation import Costs, Part, Wire, sizes
 
 import pflbench
 from pflbench.core.algorithm import Message, Round, Upload
+from pflbench.core.device import CPU, Devices
 from pflbench.core.params import State
-from pflbench.engine.executors import EXECUTORS
+from pflbench.engine import executors
+from pflbench.engine.children import end_children, start_child
 from pflbench.engine.executors.base import one_thread
-from pflbench.engine.executors.children import end_children, start_child
 from pflbench.engine.executors.processes import Processes
 from pflbench.engine.executors.wire import common, dumps
 from pflbench.engine.experiment import Experiment, prepare
-from pflbench.engine.work import Evaluate, Job, Result, Train, Trained, Work
+from pflbench.engine.work import Evaluate, Train, Work
 from pflbench.store.folder import Folder, Writer
 from pflbench.store.provenance import machine, versions
 from pflbench.store.record import Record
-from pflbench.store.states import StateRef, UploadFile, load_state, plain, read, save_state
+from pflbench.store.states import StateRef, UploadFile, load_state, plain, save_state
 
 SMALL = [16] * 20  # training samples of clients that train one step: the driver has much to do
 UNEQUAL = sizes(100, 30, least=8)
 
 
 class Through(Processes):
-    """What the Ray executor does, over pipes: states and uploads travel, and the driver alone touches files."""
+    """What the executor ray does, over pipes: states and uploads travel, and the driver alone touches files."""
 
-    def __init__(self, work: Work, workers: int) -> None:
-        super().__init__(Work(work.experiment, None), workers)
-        assert work.states is not None
-        self._folder = work.states
+    remote = True
 
-    def map(self, jobs: Sequence[Job]) -> list[Result | Exception]:
-        waiting = sorted(range(len(jobs)), key=lambda i: self._work.size(jobs[i]))
-        sent: dict[Connection, dict[int, int]] = {connection: {} for connection in self._workers}
-        shared = common(jobs)
-        idle = list(self._workers)
-        doing: dict[Connection, int] = {}
-        results: dict[int, Result | Exception] = {}
-        while waiting or doing:
-            while waiting and idle:
-                connection = idle.pop()
-                doing[connection] = waiting.pop()
-                job = jobs[doing[connection]]
-                job = dataclasses.replace(job, state=read(job.state, self._folder))
-                connection.send_bytes(dumps(job, shared, sent[connection]))
-            ready = wait(list(doing))
-            for connection in [c for c in doing if c in ready]:
-                number = doing.pop(connection)
-                results[number] = self._stored(jobs[number], pickle.loads(connection.recv_bytes()))
-                idle.append(connection)
-        return [results[i] for i in range(len(jobs))]
-
-    def _stored(self, job: Job, result: Result) -> Result:
-        if not isinstance(result, Trained):
-            return result
-        state = save_state(result.state, self._folder, f"{job.client:06}-{job.round:06}.safetensors")
-        content = UploadFile.write(result.upload.content, self._folder / f"upload-{job.client:06}-0.safetensors")
-        return dataclasses.replace(result, state=state, upload=dataclasses.replace(result.upload, content=content))
+    def _add(self, number: int) -> None:
+        work, self._work = self._work, Work(self._work.experiment, None)
+        super()._add(number)
+        self._work = work
 
 
 def noise(train: Sequence[int], classes: int = 10) -> pflbench.Federation:
@@ -128,7 +105,7 @@ def measure(algo: str, classes: int = 10, epochs: int = 5) -> Costs:
     experiment = prepare(settings(algo, 2, epochs), noise((small, large), classes))
     algorithm, round_ = experiment.algorithm, Round(1, (0, 1), experiment.setup)
     server = plain(algorithm.init_server(experiment.setup))
-    work = Work(experiment, None).private()
+    work = Work(experiment, None).on(CPU)
     state = experiment.init_client()
 
     def training(client: int) -> Train:
@@ -166,7 +143,7 @@ def measure(algo: str, classes: int = 10, epochs: int = 5) -> Costs:
 
 def checkpoint(experiment: Experiment, state: State, content: State, folder: Path) -> float:
     """Return the seconds of a checkpoint for each participant: it deletes the files that are no longer needed."""
-    record = Record(experiment.id, experiment.spec, versions=versions(), machine=machine("serial", 1))
+    record = Record(experiment.id, experiment.spec, versions=versions(), machine=machine("serial", {"workers": 1}))
     record.server = experiment.algorithm.init_server(experiment.setup)
     writer = Writer(Folder(folder / "runs"), record)
     writer.start(experiment.init_client(), print)
@@ -217,11 +194,11 @@ class Clock(pflbench.Observer):
 
 def real(algo: str, executor: str, workers: int, train: Sequence[int]) -> dict:
     """Return the seconds of the fastest round from the second round on, without evaluation, and its least CPU time."""
-    EXECUTORS["through"] = Through
     clock = Clock()
     spec = settings(algo, len(train), 1)
-    with tempfile.TemporaryDirectory() as out:
-        pflbench.run(spec, noise(train), executor=executor, workers=workers, out=out, observers=[clock])
+    through = mock.patch.object(executors, "make", lambda _, how, notice: Through(how.workers, Devices(), notice))
+    with tempfile.TemporaryDirectory() as out, through if executor == "through" else contextlib.nullcontext():
+        pflbench.run(spec, noise(train), workers=workers, out=out, observers=[clock])
     seconds, cpu = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*clock.times, strict=True))
     case = {"algo": algo, "executor": executor, "workers": workers, "train": list(train)}
     return {**case, "seconds": seconds, "cpu": cpu}
