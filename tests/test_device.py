@@ -108,3 +108,13 @@ def test_without_ray_and_with_another_address_in_the_environment_there_is_one_li
     with pytest.raises(UsageError, match=r"there is --ray-address 10\.0\.0\.2:6379, but"):
         Execution("ray", ray_address="10.0.0.2:6379").check()
     Execution("ray", ray_address="10.0.0.1:6379").check()
+
+
+def test_nothing_of_ray_or_cuda_is_imported_or_used_unless_it_is_asked_for(environment):
+    code = (
+        "import sys, pflbench, torch\n"
+        "pflbench.run(pflbench.RunSpec(algo='local', dataset='synthetic10', model='mlp', rounds=1), workers=1)\n"
+        "print('ray' in sys.modules, torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
