@@ -150,6 +150,12 @@ def in_use() -> str | None:
     return "cuda" if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
 
+def has_bf16(device: str) -> bool:
+    """Return whether a type of device has instructions for bfloat16. Of devices other than the CPU this is assumed."""
+    onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return device != "cpu" or bool(onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def numbers(scalars: Sequence[Tensor]) -> list[Any]:
     """Return the values of `scalars`; the device is waited for once, not once for each."""
     return torch.stack(list(scalars)).cpu().tolist() if scalars else []

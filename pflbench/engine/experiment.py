@@ -12,7 +12,7 @@ from torch import nn
 
 from pflbench.core import params, registry
 from pflbench.core.algorithm import Algorithm, Setup
-from pflbench.core.device import Replica
+from pflbench.core.device import Replica, has_bf16
 from pflbench.core.models import Net, build_model
 from pflbench.core.params import Params, State
 from pflbench.core.training import SGD
@@ -83,14 +83,13 @@ class Experiment:
             "algorithm": source_fingerprint(self.algorithm),
         }
 
-    def check(self, notice: Notice = lambda _: None) -> None:
-        """Raise `UsageError` when the run cannot be computed, before anything is written."""
+    def check(self, notice: Notice = lambda _: None, *, device: str = "cpu") -> None:
+        """Raise `UsageError` when the run cannot be computed on `device`, a type, before anything is written."""
         self.algorithm.check(self.setup)
         if self.spec.precision == "bf16":
             if others := {str(t.dtype) for t in self.setup.model.values()} - {"torch.float32"}:
                 raise UsageError(f"precision: bf16 needs a float32 network; this one has {', '.join(sorted(others))}")
-            onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-            if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            if not has_bf16(device):
                 notice("this processor has no bf16 instructions: bf16 will take several times as long as fp32")
 
     def protocol(self, number: int) -> SGD:

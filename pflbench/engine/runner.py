@@ -73,7 +73,7 @@ def run_experiment(
     algorithm, spec = experiment.algorithm, experiment.spec
     if found := store.find(experiment.id, algorithm, notice):
         return found
-    experiment.check(notice)
+    experiment.check(notice, device=execution.device)
     record = Record(experiment.id, spec, versions=versions())
     record.fingerprints = dict(experiment.fingerprints)
     record.samples = experiment.federation.counts()
