@@ -14,10 +14,7 @@ import pflbench
 from pflbench import MethodError, RunError
 from pflbench.engine import executors
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="forks, and starts a Ray cluster of several nodes here"),
-    pytest.mark.xdist_group("ray"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and starts a Ray cluster of several nodes here")
 SIZES = (30, 4, 11, 7)
 
 

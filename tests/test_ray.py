@@ -1,6 +1,7 @@
 """Ray, on a cluster of two nodes of one core each. All of it runs on this machine."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -19,10 +20,7 @@ from pflbench import RunError, UsageError, register
 from pflbench.algorithms.fedavg import FedAvg
 
 ray = pytest.importorskip("ray")
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="a cluster of several nodes on one machine needs Linux"),
-    pytest.mark.xdist_group("ray"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a cluster of several nodes on one machine needs Linux")
 SIZES = (30, 4, 11, 7)
 
 
@@ -303,28 +301,30 @@ def test_ray_that_this_process_uses_already_is_left_alone(cluster):
 # Without a cluster, Ray runs on this machine while the run lasts. And sweeps.
 
 
-def start(cwd, *words, **kw):
+def start(cwd, *words):
+    """Start pflbench in a session of its own, in which all processes of its own Ray are."""
     return subprocess.Popen(
         [sys.executable, "-m", "pflbench", *words], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        **kw,
+        start_new_session=True,
     )  # fmt: skip
 
 
 def call(cwd, *words):
     process = start(cwd, *words)
     out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    return process.returncode, out, err, process.pid
 
 
 QUICK = ["--dataset", "synthetic10", "--model", "mlp", "--clients", "4", "--join-ratio", "1", "--local-epochs", "1"]
 
 
-def rays():
-    """Return the processes of Ray on this machine, except its agents: Ray leaves them behind after SIGKILL."""
+def rays(session):
+    """Return the processes of Ray in a session, except its agents: Ray leaves them behind after SIGKILL."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if any(name in path.read_bytes() for name in (b"raylet/raylet", b"gcs/gcs_server", b"ray::Actor")):
+            ours = os.getsid(int(path.parent.name)) == session
+            if ours and any(name in path.read_bytes() for name in (b"raylet/raylet", b"gcs/gcs_server", b"ray::Actor")):
                 found.add(path.parent.name)
         except OSError:
             continue
@@ -332,27 +332,26 @@ def rays():
 
 
 def test_a_private_ray_starts_and_ends_with_the_run_and_gives_the_bits_of_serial(tmp_path, eventually):
-    before = rays()
     run = ["run", "--algo", "fedavg", *QUICK, "--rounds", "2", "--json"]
-    code, out, err = call(tmp_path, *run, "--executor", "ray", "--workers", "2", "--out", "a")
+    code, out, err, session = call(tmp_path, *run, "--executor", "ray", "--workers", "2", "--out", "a")
     assert (code, err) == (0, "")
     there = json.loads(out)
     here = json.loads(call(tmp_path, *run, "--executor", "serial", "--out", "b")[1])
     assert there["fingerprints"] == here["fingerprints"]
-    assert eventually(lambda: rays() <= before)
+    assert eventually(lambda: not rays(session))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_private_ray_ends_with_a_run_that_is_killed(tmp_path, eventually, number):
-    before = rays()
     run = start(tmp_path, "run", "--algo", "fedavg", *QUICK, "--rounds", "5000", "--executor", "ray", "--workers", "1")
     for line in run.stderr:
         if line.startswith("round 2/"):
             break
+    assert rays(run.pid)
     run.send_signal(number)
     run.wait()
     assert run.returncode == (-9 if number == signal.SIGKILL else 128 + number)
-    assert eventually(lambda: rays() <= before, 60)
+    assert eventually(lambda: not rays(run.pid), 60)
     rest = run.stderr.read()
     assert "Traceback" not in rest
 
@@ -377,7 +376,7 @@ def expected(tmp_path_factory):
 
 
 def test_a_sweep_on_a_cluster_has_the_records_of_a_sweep_here(cluster, tmp_path, expected):
-    code, _, err = call(tmp_path, *SWEEP, "--executor", "ray", "--ray-address", cluster.address)
+    code, _, err, _ = call(tmp_path, *SWEEP, "--executor", "ray", "--ray-address", cluster.address)
     assert code == 0, err
     assert records(tmp_path / "runs") == expected
     assert len(expected) == 4
@@ -395,6 +394,6 @@ def test_a_sweep_whose_driver_is_killed_goes_on(cluster, tmp_path, expected):
             break
     sweep.kill()
     sweep.wait()
-    code, _, err = call(tmp_path, *line)
+    code, _, err, _ = call(tmp_path, *line)
     assert code == 0, err
     assert records(tmp_path / "runs") == expected

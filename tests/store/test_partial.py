@@ -472,14 +472,14 @@ def test_network_file_systems_are_known(tmp_path, monkeypatch, path, system):
 
 
 def test_a_sweep_on_a_network_file_system_says_so_once_unless_it_has_a_shard(quick, tmp_path, monkeypatch):
-    from pflbench.cli.sweep import command
+    from pflbench.cli import cli
     from pflbench.sweep import runner
 
     monkeypatch.setattr(locks, "_MOUNTS", tmp_path / "mountinfo")
     locks._MOUNTS.write_text("22 1 0:26 / / rw - nfs4 server:/ rw\n")
     monkeypatch.setattr(runner, "compute", lambda *_args, **_options: {})
     line = [*quick, "--algo=fedavg", "--algo=local", f"--out={tmp_path / 'runs'}"]
-    said = CliRunner().invoke(command, line, catch_exceptions=False).stderr
+    said = CliRunner().invoke(cli, ["sweep", *line], catch_exceptions=False).stderr
     assert said.count("is on a network file system (nfs4), where locks may not hold;") == 1
     assert "--shard" in said
-    assert "network" not in CliRunner().invoke(command, [*line, "--shard=1/2"], catch_exceptions=False).stderr
+    assert "network" not in CliRunner().invoke(cli, ["sweep", *line, "--shard=1/2"], catch_exceptions=False).stderr
