@@ -168,9 +168,8 @@ class Work:
         check_state(message.content, f"the upload of client {job.client}")
         check_state(state, f"the state of client {job.client}")
         state = self.device.home(self.experiment.with_own(state, client.trained))
-        message = Message(self.device.home(message.content), message.weight)
-        upload = Upload(message.content, message.weight, job.client)
-        trained = self.kept(job, Trained(upload, message.nbytes, state, client.counts, 0.0))
+        upload = Upload(self.device.home(message.content), message.weight, job.client)
+        trained = self.kept(job, Trained(upload, upload.nbytes, state, client.counts, 0.0))
         return dataclasses.replace(trained, seconds=time.perf_counter() - began)
 
     def carried(self, job: Job) -> Job:

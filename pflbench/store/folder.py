@@ -126,9 +126,8 @@ class Writer:
     def start(self, initial: "State", notice: Notice) -> None:
         """Make the folder, or take over the folder of an interrupted run and read its files."""
         with files.writing(self.folder):
-            found = {path: [int(p.stem) for p in checkpoints(path / "checkpoint")] for path in self._abandoned}
-            furthest = max(self._abandoned, key=lambda path: max(found[path], default=0), default=None)
-            if self._resume and furthest is not None and found[furthest]:
+            furthest = max(self._abandoned, key=partial.newest, default=None)
+            if self._resume and furthest is not None and partial.newest(furthest):
                 self._take(furthest)
                 self._read(notice)
             else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pflbench.errors import UsageError
 from pflbench.spec import RunSpec
 from pflbench.store import schema
-from pflbench.store.partial import run_of
+from pflbench.store.partial import newest, run_of
 
 _FEWEST = 4  # characters of an id that are enough to name a run
 
@@ -73,8 +73,7 @@ def _is_run(path: Path) -> bool:
 
 def _entry(path: Path) -> Entry:
     if path.suffix == ".partial":
-        rounds = [int(p.stem) for p in (path / "checkpoint").glob("*.json") if p.stem.isdecimal()]
-        return Entry(run_of(path), path, "unfinished", rounds=max(rounds, default=0))
+        return Entry(run_of(path), path, "unfinished", rounds=newest(path))
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if run["schema"] not in schema.READABLE:

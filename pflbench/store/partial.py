@@ -46,6 +46,11 @@ def of_run(out: Path, run: str) -> list[Path]:
     return sorted(path for path in out.glob(f"{run}.*") if path.suffix == ".partial")
 
 
+def newest(path: Path) -> int:
+    """Return the round of the newest checkpoint in a partial folder; 0 without a checkpoint."""
+    return max((int(p.stem) for p in (path / "checkpoint").glob("*.json") if p.stem.isdecimal()), default=0)
+
+
 def own(out: Path, run: str) -> Path:
     """Return the path of a new partial folder of this process."""
     return out / f"{run}.{_host()}-{os.getpid()}-{secrets.token_hex(2)}.partial"

@@ -27,7 +27,6 @@ from pflbench.engine.executors.node import code, packed
 from pflbench.engine.experiment import Experiment, load_dataset
 from pflbench.errors import PflbenchError, UsageError
 from pflbench.store import partial
-from pflbench.store.checkpoint import checkpoints
 from pflbench.store.folder import Folder, Writer
 from pflbench.store.locks import locked
 from pflbench.store.record import Record
@@ -47,7 +46,7 @@ class Hold:
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(out, run.id))
             found = partial.abandoned(out, run.id)
-            found.sort(key=lambda path: ((path / "run.json").exists(), len(self._rounds(path)), self._rounds(path)))
+            found.sort(key=lambda path: ((path / "run.json").exists(), partial.newest(path)))
             self.folder = partial.own(out, run.id)
             if found and not anew:
                 partial.take_over(found.pop(), self.folder)
@@ -60,13 +59,9 @@ class Hold:
                 partial.discard(path)
             self._stack = stack.pop_all()
 
-    @staticmethod
-    def _rounds(path: Path) -> list[str]:
-        return [found.stem for found in checkpoints(path / "checkpoint")]
-
     def packed(self) -> bytes | None:
         """Return the folder of an interrupted run, packed; None if there is nothing to continue."""
-        return pack(self.folder) if self._rounds(self.folder) else None
+        return pack(self.folder) if partial.newest(self.folder) else None
 
     def replace(self, data: bytes) -> None:
         """Replace the folder by a packed one."""
@@ -88,7 +83,7 @@ class Hold:
     def close(self) -> None:
         """Let others compute the run."""
         self._life.end()
-        if self._rounds(self.folder):
+        if partial.newest(self.folder):
             partial.give_back(self.folder)
         elif self.folder.exists():
             partial.discard(self.folder)
@@ -142,8 +137,7 @@ class Cluster:
             self._begun.add(run.id)
             self._send(active, active.hold)
         except PflbenchError as error:
-            active.message = failed(error)
-            self._end(active)
+            self._end(active, failed(error))
         return active
 
     def _send(self, active: _Active, hold: Hold) -> None:
@@ -177,13 +171,11 @@ class Cluster:
         try:
             found = ray.get(active.ref)
         except RayTaskError as error:  # of Python, such as a full disk there
-            active.message = "failed", (f"in its worker: {first_line(error)}", str(error))
-            self._end(active)
+            self._end(active, ("failed", (f"in its worker: {first_line(error)}", str(error))))
             return
         except RayError as error:
             where = f"worker on node {active.host}" if active.host else "worker"
-            active.message = "lost", f"{where} died ({type(error).__name__})"
-            self._end(active)
+            self._end(active, ("lost", f"{where} died ({type(error).__name__})"))
             return
         if active.host is None:
             active.host, _, reason = found
@@ -194,17 +186,18 @@ class Cluster:
             try:
                 keep(found[1])
             except PflbenchError as error:
-                active.message = failed(error)
-                self._end(active)
+                self._end(active, failed(error))
                 return
-        else:
+        elif found[0] in ("round", "evaluation"):
             active.message = found
-            if found[0] not in ("round", "evaluation"):
-                self._end(active)
-                return
+        else:
+            self._end(active, found)
+            return
         active.ref = active.actor.call.remote("next")
 
-    def _end(self, active: _Active) -> None:
+    def _end(self, active: _Active, message: Message | None = None) -> None:
+        """End a run's actor, and let others compute the run; `message` is its last one."""
+        active.message = message
         self._active.discard(active)
         if active.actor is not None:
             ray.kill(active.actor)

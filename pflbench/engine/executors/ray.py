@@ -56,6 +56,7 @@ class Ray(Pool):
         self._number = 0
         self._common: Any = None
         self._shared: dict[int, Tensor] = {}
+        self._numbers: dict[int, int] = {}  # the places in `_common` of the tensors in `_shared`
         self._probe: str | None = None
 
     def __enter__(self) -> Self:
@@ -142,6 +143,7 @@ class Ray(Pool):
     def _begin(self, jobs: Sequence[Job]) -> None:
         self._number += 1
         self._shared = common(jobs)
+        self._numbers = {tensor: number for number, tensor in enumerate(self._shared)}
         self._common = ray.put([tensor.detach().numpy() for tensor in self._shared.values()])
         self._grow()
 
@@ -197,8 +199,7 @@ class RayLink:
     def send(self, job: Job) -> None:
         """See `Link`."""
         pool = self._pool
-        numbers = {tensor: number for number, tensor in enumerate(pool._shared)}
-        self.ref = self.actor.call.remote("do", pool._number, pool._common, dumps(job, pool._shared, numbers))
+        self.ref = self.actor.call.remote("do", pool._number, pool._common, dumps(job, pool._shared, pool._numbers))
 
     def receive(self) -> Result | Exception:
         """See `Link`."""

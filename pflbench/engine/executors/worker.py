@@ -19,19 +19,15 @@ def serve(work: Work, device: Device, connection: Connection) -> None:
     """Do jobs on `device` until the connection closes. The body of a worker process."""
     begin_child(signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(1)
-    with device.exact():
-        answer(work.on(device), connection)
-
-
-def answer(work: Work, connection: Connection) -> None:
-    """Do the jobs that come through `connection`, and send their results, until it closes."""
     received: list[torch.Tensor] = []
-    while True:
-        try:
-            job = Unpickler(io.BytesIO(connection.recv_bytes()), received).load()
-        except (EOFError, OSError):
-            return
-        connection.send_bytes(outcome(work, job))
+    with device.exact():
+        work = work.on(device)
+        while True:
+            try:
+                job = Unpickler(io.BytesIO(connection.recv_bytes()), received).load()
+            except (EOFError, OSError):
+                return
+            connection.send_bytes(outcome(work, job))
 
 
 def outcome(work: Work, job: Job) -> bytes:
